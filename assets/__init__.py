@@ -1,0 +1,1 @@
+"""The Dagster code location: assets, checks and jobs, one set per plan."""

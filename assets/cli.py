@@ -1,0 +1,94 @@
+"""The command line: `logratio run PLAN` runs a plan's job and says what came out."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from time import monotonic
+
+import dagster as dg
+
+from assets.definitions import PLANS_VARIABLE
+from assets.resources import resource_key
+from assets.summary import summary
+from pipeline.errors import LogratioError
+from pipeline.plan import Plan, load_plan
+
+_DAGSTER_YAML = """\
+telemetry:
+  enabled: false
+nux:
+  enabled: false
+python_logs:
+  python_log_level: INFO
+  managed_python_loggers: [pipeline]
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run it; the exit status is 0 only if every step and check passed."""
+    parser = argparse.ArgumentParser(prog="logratio", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run a plan from its sources to its reports")
+    run.add_argument("plan", type=Path, help="the plan's YAML file")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a value of the plan for this run, e.g. training.learning_rate=1e-5",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return run_plan(options.plan, options.overrides)
+    except LogratioError as error:
+        print(f"logratio: {error}", file=sys.stderr)
+        return 2
+
+
+def run_plan(path: Path, overrides: list[str]) -> int:
+    """Run a plan's job in Dagster, so that its UI shows the run; prints a summary.
+
+    Raises:
+        pipeline.errors.PlanError: the plan or an override is wrong; nothing was run.
+    """
+    plan = load_plan(path, overrides)
+    started = monotonic()
+    os.environ[PLANS_VARIABLE] = str(path.resolve())
+    prepare_home(plan)
+    with dg.DagsterInstance.get() as instance:
+        result = dg.execute_job(
+            dg.build_reconstructable_job(
+                "assets.definitions", "reconstruct_job", (str(path.resolve()),)
+            ),
+            instance=instance,
+            run_config={
+                "resources": {
+                    resource_key(plan.name): {
+                        "config": {"path": str(path.resolve()), "overrides": overrides}
+                    }
+                },
+                # Progress bars stay readable; everything is in the UI.
+                "loggers": {"console": {"config": {"log_level": "WARNING"}}},
+            },
+            tags={"logratio/plan": plan.digest, ".dagster/repository": "__repository__@logratio"},
+        )
+        print(summary(plan, result, monotonic() - started))
+    return 0 if result.success else 1
+
+
+def prepare_home(plan: Plan) -> Path:
+    """Dagster's home: `DAGSTER_HOME`, or a folder in the plan's store, made when missing."""
+    home = Path(os.environ.setdefault("DAGSTER_HOME", str(plan.store / "dagster"))).resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    settings = home / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text(_DAGSTER_YAML)
+    return home
+
+
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Assets of the intake: pairs and the rows that were not accepted, then token sequences."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from assets.metadata import column_schema, counts_markdown, table_metadata
+from assets.resources import resource_key
+from pipeline import stages
+from pipeline.errors import SourceError
+from pipeline.intake import run_intake, sources_digest
+from pipeline.plan import Plan
+from pipeline.store import read
+from pipeline.validate import prompts_in_two_splits
+from schemas import PreferencePair, QuarantinedRow, Sequence
+
+GROUP = "intake"
+
+
+def raw_preferences(plan: Plan) -> dg.AssetSpec:
+    """The source files, which we observe and never write."""
+    return dg.AssetSpec(
+        [plan.name, "raw_preferences"],
+        group_name=GROUP,
+        kinds={"json"},
+        description="Preference data as it was published: the files the plan names.",
+        metadata={name: str(config.path) for name, config in plan.sources.items()},
+    )
+
+
+def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
+    """One asset for the valid pairs and one for the rejected rows, made by one step."""
+    raw = dg.AssetKey([plan.name, "raw_preferences"])
+    pairs = dg.AssetKey([plan.name, "preference_pairs"])
+    quarantine = dg.AssetKey([plan.name, "quarantined_rows"])
+    resource = resource_key(plan.name)
+
+    @dg.multi_asset(
+        name=f"{plan.name}_intake",
+        specs=[
+            dg.AssetSpec(
+                pairs,
+                deps=[raw],
+                description="One row is a distinct valid preference pair.",
+                kinds={"polars", "parquet"},
+                metadata={"dagster/column_schema": column_schema(PreferencePair)},
+            ),
+            dg.AssetSpec(
+                quarantine,
+                deps=[raw],
+                description="One row is an input row that was rejected, with the rule it broke.",
+                kinds={"polars", "parquet"},
+                metadata={"dagster/column_schema": column_schema(QuarantinedRow)},
+            ),
+        ],
+        group_name=GROUP,
+        check_specs=[
+            dg.AssetCheckSpec("every_row_is_accounted_for", asset=pairs, blocking=True),
+            dg.AssetCheckSpec("no_prompt_is_in_two_splits", asset=pairs, blocking=True),
+        ],
+        required_resource_keys={resource},
+    )
+    def intake(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        source = getattr(context.resources, resource)
+        run_plan, store = source.open()
+        context.instance.add_run_tags(
+            context.run_id,
+            {"logratio/plan": run_plan.digest, "logratio/overrides": " ".join(source.overrides)},
+        )
+        digest = sources_digest(run_plan)
+        context.log_event(
+            dg.AssetObservation(raw, tags={"dagster/data_version": digest}, metadata={"digest": digest})
+        )
+        try:
+            result = run_intake(run_plan, store)
+        except SourceError as error:  # data will not mend itself by trying again
+            raise dg.Failure(str(error), allow_retries=False) from error
+        yield dg.MaterializeResult(
+            asset_key=pairs,
+            data_version=dg.DataVersion(result.pairs.digest),
+            metadata={
+                **table_metadata(result.pairs, "pairs"),
+                **{f"pairs_{split}": n for split, n in result.pairs_by_split.items()},
+                "flags": counts_markdown(result.flags, "no pair is flagged"),
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name="every_row_is_accounted_for",
+                    passed=result.law["holds"].all(),
+                    metadata={
+                        f"{row['source']}_{column}": row[column]
+                        for row in result.law.to_dicts()
+                        for column in ("n_in", "n_accepted", "n_merged", "n_quarantined")
+                    },
+                ),
+                dg.AssetCheckResult(
+                    check_name="no_prompt_is_in_two_splits",
+                    passed=not (leaked := prompts_in_two_splits(read(store, "pairs"))),
+                    metadata={"prompts": leaked},
+                ),
+            ],
+        )
+        yield dg.MaterializeResult(
+            asset_key=quarantine,
+            data_version=dg.DataVersion(result.quarantine.digest),
+            metadata={
+                **table_metadata(result.quarantine, "quarantine"),
+                "by_rule": counts_markdown(result.quarantined_by_rule, "nothing was quarantined"),
+            },
+        )
+
+    return intake
+
+
+def sequences(plan: Plan) -> dg.AssetsDefinition:
+    """Token ids, each distinct sequence once."""
+    resource = resource_key(plan.name)
+
+    @dg.asset(
+        key=[plan.name, "sequences"],
+        deps=[dg.AssetKey([plan.name, "preference_pairs"])],
+        group_name=GROUP,
+        kinds={"huggingface", "parquet"},
+        description="One row is a distinct (prompt ids, completion ids, scored spans).",
+        metadata={"dagster/column_schema": column_schema(Sequence)},
+        check_specs=[
+            dg.AssetCheckSpec(
+                "every_pair_is_tokenised_or_listed",
+                asset=[plan.name, "sequences"],
+                blocking=True,
+            )
+        ],
+        required_resource_keys={resource},
+    )
+    def tokenised(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        result = stages.tokenize(*getattr(context.resources, resource).open())
+        covered = result.pair_sequences.n_rows + result.untokenized.n_rows
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result.sequences.digest),
+            metadata={
+                **table_metadata(result.sequences, "sequences"),
+                "pairs": result.pair_sequences.n_rows,
+                "tokens": result.n_tokens,
+                "pairs_with_boundary_merge": result.n_boundary_merges,
+                "tokenization_id": result.tokenization_id,
+                "untokenised_by_rule": counts_markdown(
+                    result.untokenized_by_rule, "every pair was tokenised"
+                ),
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    passed=covered == result.n_pairs,
+                    metadata={
+                        "pairs": result.n_pairs,
+                        "tokenised": result.pair_sequences.n_rows,
+                        "listed": result.untokenized.n_rows,
+                    },
+                )
+            ],
+        )
+
+    return tokenised

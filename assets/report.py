@@ -1,0 +1,110 @@
+"""Reward and report assets: one each per objective's policy."""
+
+from typing import Any
+
+import dagster as dg
+
+from assets.metadata import column_schema, png_markdown, table_metadata
+from assets.resources import resource_key
+from pipeline import stages
+from pipeline.plan import Plan
+from schemas import Reward
+
+GROUP = "report"
+
+
+def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
+    """The table every analysis starts from."""
+    resource = resource_key(plan.name)
+    key = dg.AssetKey([plan.name, "implicit_rewards", name])
+    objective = plan.objectives[name]
+    reference = dg.AssetKey([plan.name, "logprobs", objective.reference])
+    policy = dg.AssetKey([plan.name, "logprobs", name])
+    lineage = {
+        **{f"ref_{side}": reference for side in ("chosen", "rejected")},
+        **{f"policy_{side}": policy for side in ("chosen", "rejected")},
+    }
+
+    @dg.asset(
+        key=key,
+        deps=[
+            dg.AssetKey([plan.name, "preference_pairs"]),
+            dg.AssetKey([plan.name, "sequences"]),
+            dg.AssetKey([plan.name, "policies", name]),
+            reference,
+            policy,
+        ],
+        group_name=GROUP,
+        kinds={"polars", "parquet"},
+        description="One row is a preference pair under one policy: log-ratios, rewards, margin.",
+        metadata={
+            "dagster/column_schema": column_schema(Reward),
+            "dagster/column_lineage": dg.TableColumnLineage(
+                {
+                    column: [dg.TableColumnDep(asset_key=source, column_name="logprob")]
+                    for column, source in lineage.items()
+                }
+            ),
+        },
+        check_specs=[dg.AssetCheckSpec("every_tokenised_pair_has_a_reward", asset=key)],
+        required_resource_keys={resource},
+    )
+    def rewarded(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        plan, store = getattr(context.resources, resource).open()
+        table = stages.compute_rewards(plan, store, name)
+        wanted = stages.n_tokenized(store)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(table.digest),
+            metadata=table_metadata(table, f"rewards/{name}"),
+            check_results=[
+                dg.AssetCheckResult(
+                    passed=table.n_rows == wanted,
+                    metadata={"tokenised": wanted, "rewards": table.n_rows},
+                )
+            ],
+        )
+
+    return rewarded
+
+
+def reward_report(plan: Plan, name: str) -> dg.AssetsDefinition:
+    """The page a person reads, and its numbers as JSON and as metadata."""
+    resource = resource_key(plan.name)
+
+    @dg.asset(
+        key=[plan.name, "reward_report", name],
+        deps=[
+            dg.AssetKey([plan.name, "implicit_rewards", name]),
+            dg.AssetKey([plan.name, "preference_pairs"]),
+            dg.AssetKey([plan.name, "quarantined_rows"]),
+            dg.AssetKey([plan.name, "policies", name]),
+        ],
+        group_name=GROUP,
+        kinds={"html", "json"},
+        description="Accuracy, margins, training curve, best and worst pairs, on one page.",
+        required_resource_keys={resource},
+    )
+    def reported(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        result = stages.write_report(*getattr(context.resources, resource).open(), name)
+        return dg.MaterializeResult(
+            metadata={
+                "report": dg.MetadataValue.path(result.html),
+                "json": dg.MetadataValue.path(result.json),
+                "margins": png_markdown(result.rendered.histogram_png, "histogram of margins"),
+                **_flat(result.rendered.numbers),
+            },
+        )
+
+    return reported
+
+
+def _flat(numbers: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The report's numbers, one metadata entry each; Dagster plots them over time."""
+    entries: dict[str, Any] = {}
+    for key, value in numbers.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            entries.update(_flat(value, f"{name}/"))
+        elif isinstance(value, bool | int | float | str):
+            entries[name] = value
+    return entries

@@ -1,0 +1,36 @@
+"""The plan as a resource, so that the Launchpad can override any of its values."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from pipeline.plan import Plan, load_plan
+from pipeline.stages import store_of
+from pipeline.store import Store
+
+
+class PlanResource(dg.ConfigurableResource[Any]):
+    """A plan file and what a run changes in it."""
+
+    path: str = Field(description="The plan's YAML file.")
+    overrides: list[str] = Field(
+        default=[],
+        description="Values for this run, e.g. training.learning_rate=1e-5, report.beta=0.2. "
+        "Models and objectives cannot be added here: they are the graph.",
+    )
+
+    def open(self) -> tuple[Plan, Store]:
+        """The plan with its overrides, and its store.
+
+        Raises:
+            pipeline.errors.PlanError: the plan or an override is wrong.
+        """
+        plan = load_plan(Path(self.path), self.overrides)
+        return plan, store_of(plan)
+
+
+def resource_key(plan_name: str) -> str:
+    """The resource that holds a plan; several plans live in one code location."""
+    return f"{plan_name}_plan"

@@ -1,0 +1,77 @@
+"""Log-prob assets: one per model and per trained policy."""
+
+import dagster as dg
+
+from assets.metadata import column_schema
+from assets.resources import resource_key
+from pipeline import stages
+from pipeline.plan import Plan
+from schemas import LogProb
+
+GROUP = "scoring"
+MODEL_STEP = {"logratio/model": "true"}
+"""Tag of steps that load a model; a job runs one of them at a time."""
+
+
+def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
+    """The log-probs of every sequence under a model of the plan or an objective's policy."""
+    resource = resource_key(plan.name)
+    key = dg.AssetKey([plan.name, "logprobs", name])
+    deps = [dg.AssetKey([plan.name, "sequences"])]
+    if name in plan.objectives:
+        deps.append(dg.AssetKey([plan.name, "policies", name]))
+
+    @dg.asset(
+        key=key,
+        deps=deps,
+        group_name=GROUP,
+        kinds={"pytorch", "parquet"},
+        op_tags=MODEL_STEP,
+        description="One row is a scored sequence: the sum over its completion's tokens, nats.",
+        metadata={"dagster/column_schema": column_schema(LogProb)},
+        check_specs=[
+            dg.AssetCheckSpec("every_sequence_is_scored", asset=key, blocking=True),
+            dg.AssetCheckSpec("logprobs_are_finite", asset=key, blocking=True),
+            dg.AssetCheckSpec("scoring_is_repeatable", asset=key, blocking=True),
+        ],
+        required_resource_keys={resource},
+    )
+    def scored(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        plan, store = getattr(context.resources, resource).open()
+        result = stages.score(plan, store, name)
+        table = stages.scored_rows(store, result.key)
+        test = result.null_test
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(table.digest),
+            metadata={
+                "dagster/row_count": table.n_rows,
+                "rows_scored": result.n_scored,
+                "rows_reused": result.n_reused,
+                "model_loaded": result.model_loaded,
+                "tokens_scored": result.n_tokens,
+                "tokens_per_second": result.tokens_per_second,
+                "seconds": result.seconds,
+                "mean_logprob_nats": table.mean,
+                "noise_floor_nats": test.noise_floor,
+                "model_id": result.key.model.model_id,
+                "numerics_id": result.key.numerics.numerics_id,
+                "ledger": dg.MetadataValue.path(result.key.directory),
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name="every_sequence_is_scored",
+                    passed=table.n_rows == result.n_wanted,
+                    metadata={"wanted": result.n_wanted, "held": table.n_rows},
+                ),
+                dg.AssetCheckResult(
+                    check_name="logprobs_are_finite",
+                    passed=table.n_nonfinite == 0,
+                    metadata={"not_finite": table.n_nonfinite},
+                ),
+                dg.AssetCheckResult(
+                    check_name="scoring_is_repeatable", passed=test.passed, metadata=test.to_dict()
+                ),
+            ],
+        )
+
+    return scored

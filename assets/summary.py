@@ -1,0 +1,60 @@
+"""What a run did, in a few lines for a terminal."""
+
+from typing import Any
+
+import dagster as dg
+
+from pipeline.plan import Plan
+
+
+def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
+    """Rows, scoring, training, accuracy, and where tables and reports are."""
+    found = _metadata(result)
+    lines = [f"plan '{plan.name}': {'done' if result.success else 'FAILED'} in {seconds:.0f} s"]
+    if pairs := found.get((plan.name, "preference_pairs")):
+        rows = found.get((plan.name, "quarantined_rows"), {}).get("dagster/row_count", 0)
+        lines.append(f"  pairs      {pairs['dagster/row_count']} valid, {rows} rows quarantined")
+    for name in (*plan.models, *plan.objectives):
+        if data := found.get((plan.name, "logprobs", name)):
+            loaded = "model loaded" if data["model_loaded"] else "no model loaded"
+            lines.append(
+                f"  scoring    {name}: {data['rows_scored']} rows scored, "
+                f"{data['rows_reused']} reused, {loaded}"
+            )
+    for name in plan.objectives:
+        if data := found.get((plan.name, "policies", name)):
+            lines.append(
+                f"  training   {name}: {data['steps']} steps, loss {data['first_loss']:.4f} -> "
+                f"{data['last_loss']:.4f}, accuracy at step 1 {data['first_accuracy']:g}"
+                if data["trained"]
+                else f"  training   {name}: nothing trained, the policy was there already"
+            )
+    for check in result.get_asset_check_evaluations():
+        if not check.passed:
+            lines.append(f"  CHECK FAILED  {check.asset_key.to_user_string()}: {check.check_name}")
+    for event in result.all_events:
+        if event.is_step_failure and event.step_failure_data.error:
+            lines.append(f"  STEP FAILED   {event.step_key}: {_cause(event.step_failure_data)}")
+    for name in plan.objectives:
+        if data := found.get((plan.name, "reward_report", name)):
+            lines += [f"  report     {data['report']}", f"  numbers    {data['json']}"]
+    lines.append(f"  tables     {plan.store / plan.name}")
+    return "\n".join(lines)
+
+
+def _metadata(result: dg.JobExecutionResult) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Metadata of every asset the run materialised, by key."""
+    found = {}
+    for event in result.all_events:
+        if event.is_step_materialization:
+            entry = event.step_materialization_data.materialization
+            values = {key: value.value for key, value in entry.metadata.items()}
+            found[tuple(entry.asset_key.path)] = values
+    return found
+
+
+def _cause(failure: Any) -> str:  # dagster's own type is not public
+    error = failure.error
+    while error.cause is not None:
+        error = error.cause
+    return str(error.message).strip()

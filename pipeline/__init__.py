@@ -1,0 +1,1 @@
+"""The library: preference pairs to log-prob tables, policies and implicit rewards."""

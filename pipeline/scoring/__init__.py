@@ -1,0 +1,1 @@
+"""Scoring: engines that compute log-probs, and the ledger that keeps them."""

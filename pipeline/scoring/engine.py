@@ -1,0 +1,134 @@
+"""What an engine is given and gives back, and the numerics that its numbers depend on."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Protocol
+
+import numpy as np
+import polars as pl
+
+from pipeline.errors import ScoringError
+from pipeline.ids import content_id
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The fields of `schemas.Scorer` that make a `numerics_id`.
+
+    Whatever may change a log-prob beyond the noise floor while the model stays the same. Never a
+    path, a batch size, or anything of the training.
+    """
+
+    engine: str
+    engine_version: str
+    modeling_version: str
+    runner: str
+    body_dtype: str
+    head_dtype: str
+    cache_dtype: str
+    attention_backend: str
+    quantisation: str
+    prefix_reuse: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    batch_invariant: bool
+    device_class: str
+    adapter_mode: str
+
+    @property
+    def numerics_id(self) -> str:
+        """Content id over every field."""
+        return content_id("numerics", asdict(self))
+
+    def comparable(self, other: "Numerics") -> bool:
+        """Whether log-probs of the two may be subtracted: equal but for an adapter applied."""
+        return {**asdict(self), "adapter_mode": ""} == {**asdict(other), "adapter_mode": ""}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A reply to score: its token ids, int32 [n], and the half-open ranges that count."""
+
+    sequence_id: str
+    ids: np.ndarray
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Positions in `ids` that count, int64 [n_scored]."""
+        return np.concatenate([np.arange(start, end) for start, end in self.spans])
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt, int32 [n], with the completions to score under it."""
+
+    prompt_ids: np.ndarray
+    completions: tuple[Completion, ...]
+
+
+class Engine(Protocol):
+    """Computes log-probs. An engine owns a loaded model and is closed by whoever opened it."""
+
+    def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
+        """Per group and completion, the log-probs of its scored tokens: float32 [n_scored], nats.
+
+        `batch_tokens` bounds a forward pass, padding included; 0 means one sequence at a time.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        ...
+
+
+def groups_of(sequences: pl.DataFrame) -> list[Group]:
+    """Rows of the `sequences` table as groups, one per distinct prompt, the longest first.
+
+    The longest first, so that what does not fit in memory shows at once.
+    """
+    by_prompt: dict[bytes, tuple[np.ndarray, list[Completion]]] = {}
+    for row in sequences.iter_rows(named=True):
+        prompt = np.asarray(row["prompt_ids"], dtype=np.int32)
+        completion = Completion(
+            row["sequence_id"],
+            np.asarray(row["completion_ids"], dtype=np.int32),
+            tuple((span["start"], span["end"]) for span in row["spans"]),
+        )
+        by_prompt.setdefault(prompt.tobytes(), (prompt, []))[1].append(completion)
+    groups = [Group(prompt, tuple(completions)) for prompt, completions in by_prompt.values()]
+    return sorted(groups, key=_longest, reverse=True)
+
+
+def check_logprobs(completion: Completion, logprobs: np.ndarray) -> None:
+    """Refuse what cannot be log-probs of that completion.
+
+    Raises:
+        ScoringError: wrong length, not finite, or above 0 by more than rounding.
+    """
+    expected = len(completion.scored)
+    if logprobs.shape != (expected,):
+        raise ScoringError(
+            f"sequence {completion.sequence_id}: {logprobs.shape} log-probs for {expected} tokens"
+        )
+    if not np.isfinite(logprobs).all():
+        raise ScoringError(f"sequence {completion.sequence_id}: a log-prob is NaN or infinite")
+    if (logprobs > 1e-4).any():
+        raise ScoringError(f"sequence {completion.sequence_id}: a log-prob is above 0")
+
+
+def sequence_sum(logprobs: np.ndarray) -> float:
+    """The exact sum of token log-probs, rounded once to float64: no order of adding changes it."""
+    return math.fsum(logprobs.tolist())
+
+
+def major_minor(package: str) -> str:
+    """An installed package's version, major.minor."""
+    return ".".join(version(package).split(".")[:2])
+
+
+def _longest(group: Group) -> tuple[int, str]:
+    longest = max(len(completion.ids) for completion in group.completions)
+    return len(group.prompt_ids) + longest, group.completions[0].sequence_id

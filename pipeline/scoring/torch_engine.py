@@ -1,0 +1,105 @@
+"""The torch engine: transformers' own forward pass, on whatever device torch finds."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.models import Checkpoint, device_class, load_model, quantisation
+from pipeline.plan import ModelConfig
+from pipeline.scoring.engine import Group, Numerics, major_minor
+from pipeline.scoring.forward import token_logprobs
+
+if TYPE_CHECKING:
+    import torch
+
+
+def torch_device() -> "torch.device":
+    """The device the engine and the trainer use."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def torch_numerics(config: ModelConfig, checkpoint: Checkpoint) -> Numerics:
+    """What this engine's numbers will depend on, without loading the model.
+
+    A CPU build of torch is told by its version, so that planning a scored run stays free of it.
+    """
+    on_cpu = version("torch").endswith("+cpu")
+    return Numerics(
+        engine="torch",
+        engine_version=major_minor("torch"),
+        modeling_version=f"transformers {major_minor('transformers')}",
+        runner="forward",
+        body_dtype=config.dtype,
+        head_dtype=config.dtype,
+        cache_dtype="none",
+        attention_backend=config.attention,
+        quantisation=quantisation(checkpoint),
+        prefix_reuse="none",
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        batch_invariant=False,
+        device_class="cpu" if on_cpu else device_class(torch_device()),
+        adapter_mode="none" if checkpoint.adapter is None else "applied",
+    )
+
+
+class TorchEngine:
+    """Holds a loaded model; see `pipeline.scoring.engine.Engine`.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded.
+    """
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+        import torch
+
+        torch.set_float32_matmul_precision("highest")
+        self._model = load_model(
+            checkpoint,
+            dtype=config.dtype,
+            attention=config.attention,
+            device=str(torch_device()),
+        )
+
+    def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
+        """Log-probs per group and completion; see `Engine.score`."""
+        import torch
+
+        rows = [(group.prompt_ids, c) for group in groups for c in group.completions]
+        scores: dict[int, np.ndarray] = {}
+        with torch.inference_mode():
+            for batch in _batches([len(p) + len(c.ids) for p, c in rows], batch_tokens):
+                logprobs = token_logprobs(
+                    self._model,
+                    [rows[i][0] for i in batch],
+                    [rows[i][1].ids for i in batch],
+                    [rows[i][1].scored for i in batch],
+                )
+                for i, values in zip(batch, logprobs, strict=True):
+                    scores[i] = values.cpu().numpy()
+        flat = iter(scores[i] for i in range(len(rows)))
+        return [[next(flat) for _ in group.completions] for group in groups]
+
+    def close(self) -> None:
+        """Drop the model; a CUDA device's memory is returned to it."""
+        import torch
+
+        del self._model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Indices in batches of at most `batch_tokens` padded tokens, the longest rows first."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens
+        if fits:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

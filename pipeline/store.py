@@ -1,0 +1,272 @@
+"""Where tables live: immutable snapshots named by their digest, and a `current` pointer.
+
+A snapshot is written to a temporary file, synced, hashed, and linked to a name made of its hash;
+the pointer moves last. A reader therefore sees the old table or the new one, never half of one.
+Readers verify size and hash before parsing: Polars does not check Parquet's own checksums.
+"""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import blake3
+import polars as pl
+import pyarrow.parquet as pq
+
+from pipeline.errors import StoreError
+from schemas import Table
+
+_TABLE_KEY = b"logratio.table"
+_verified: set[tuple[str, int, int, int, int]] = set()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A published file: its path, its BLAKE3 digest (hex) and its size in bytes."""
+
+    path: Path
+    digest: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class TableSnapshot(Snapshot):
+    """A published table, with its number of rows."""
+
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class Store:
+    """A directory that holds one plan's tables and files, and the ledger all plans share."""
+
+    root: Path
+    plan: str
+
+    @property
+    def directory(self) -> Path:
+        """Where this plan's tables are."""
+        return self.root / self.plan
+
+    @property
+    def ledger(self) -> Path:
+        """Where log-probs are; shared, since a log-prob is a fact about a model and token ids."""
+        return self.root / "ledger"
+
+    @property
+    def models(self) -> Path:
+        """Where checkpoints made from packages are."""
+        return self.root / "models"
+
+    @property
+    def policies(self) -> Path:
+        """Where trained policies are, by policy id."""
+        return self.root / "policies"
+
+    def current(self, name: str, suffix: str = ".parquet") -> Path:
+        """The pointer to the current snapshot of a table or file."""
+        return self.directory / name / f"current{suffix}"
+
+
+def publish(store: Store, name: str, frame: pl.DataFrame, model: type[Table]) -> TableSnapshot:
+    """Validate `frame` against `model` and make it the current snapshot of table `name`.
+
+    Equal frames give equal bytes and so the same snapshot.
+
+    Raises:
+        pandera.errors.SchemaErrors: the frame breaks the table's contract.
+        StoreError: a value is NaN or infinite, or the disk failed.
+    """
+    validated = checked(name, frame, model)
+    snapshot = commit(
+        store.directory / name,
+        lambda sink: write_parquet(sink, validated, name.partition("/")[0]),
+        ".parquet",
+    )
+    move_pointer(store.current(name), snapshot.path)
+    return TableSnapshot(snapshot.path, snapshot.digest, snapshot.n_bytes, frame.height)
+
+
+def publish_file(store: Store, name: str, content: bytes, suffix: str) -> Snapshot:
+    """Make `content` the current snapshot of file `name`, in the same way as a table."""
+    snapshot = commit(store.directory / name, lambda sink: sink.write(content), suffix)
+    move_pointer(store.current(name, suffix), snapshot.path)
+    return snapshot
+
+
+def read(store: Store, name: str) -> pl.DataFrame:
+    """The current snapshot of table `name`, verified.
+
+    Raises:
+        StoreError: there is none, or its bytes are not those that were published.
+    """
+    return read_snapshot(current_snapshot(store, name).path, name.partition("/")[0])
+
+
+def current_snapshot(store: Store, name: str, suffix: str = ".parquet") -> Snapshot:
+    """The current snapshot of a table or file, without reading it.
+
+    Raises:
+        StoreError: nothing was published under that name.
+    """
+    pointer = store.current(name, suffix)
+    if not pointer.exists():
+        raise StoreError(f"{pointer}: nothing has been published under '{name}' yet")
+    path = pointer.resolve()
+    return Snapshot(path, path.name.removesuffix(suffix), path.stat().st_size)
+
+
+def checked(name: str, frame: pl.DataFrame, model: type[Table]) -> pl.DataFrame:
+    """`frame`, validated; `ge=0` alone would let NaN through, since Polars ranks it highest."""
+    validated: pl.DataFrame = model.validate(frame, lazy=True)
+    floats = [c for c, dtype in validated.schema.items() if dtype.is_float()]
+    lists = [c for c, t in validated.schema.items() if t in (pl.List(pl.Float32),)]
+    bad = validated.select(
+        *[(~pl.col(c).is_finite()).sum().alias(c) for c in floats],
+        *[(~pl.col(c).explode().is_finite()).sum().alias(c) for c in lists],
+    )
+    for column, count in bad.to_dicts()[0].items() if bad.width else ():
+        if count:
+            raise StoreError(f"table '{name}': {count} values of '{column}' are NaN or infinite")
+    return validated
+
+
+def write_parquet(sink: BinaryIO, frame: pl.DataFrame, table: str) -> None:
+    """Write a frame as Parquet with the table's name in the footer (catches swapped files)."""
+    arrow = frame.to_arrow()
+    metadata = {**(arrow.schema.metadata or {}), _TABLE_KEY: table.encode()}
+    pq.write_table(
+        arrow.replace_schema_metadata(metadata),
+        sink,
+        compression="zstd",
+        write_page_checksum=True,
+        row_group_size=1 << 16,
+    )
+
+
+def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataFrame:
+    """Read a table's file after checking its hash (by default, its name) and the table it is.
+
+    Raises:
+        StoreError: missing, damaged, or another table's file.
+    """
+    verify(path, digest or path.name.partition(".")[0])
+    found = (pq.read_schema(path).metadata or {}).get(_TABLE_KEY, b"?").decode()
+    if found != table:
+        raise StoreError(f"{path}: is a '{found}' table, not '{table}'")
+    return pl.read_parquet(path, glob=False, hive_partitioning=False)
+
+
+def verify(path: Path, digest: str, n_bytes: int | None = None) -> None:
+    """Check a file's size and BLAKE3 hash; the verdict is kept for as long as its stat is equal.
+
+    Raises:
+        StoreError: missing or damaged.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+    key = (digest, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key in _verified:
+        return
+    if n_bytes is not None and stat.st_size != n_bytes:
+        raise StoreError(f"{path}: damaged: {stat.st_size} bytes instead of {n_bytes}")
+    if file_digest(path) != digest:
+        raise StoreError(f"{path}: damaged: its bytes do not have the hash {digest}")
+    _verified.add(key)
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE3 of a file's bytes, in hex."""
+    hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    if path.stat().st_size:  # an empty file cannot be mapped
+        hasher.update_mmap(path)
+    return hasher.hexdigest()
+
+
+def commit(directory: Path, write: Callable[[BinaryIO], Any], suffix: str) -> Snapshot:
+    """Write a file so that it is either absent or complete, under a name made of its hash.
+
+    Raises:
+        StoreError: the disk is full or failed; names the path, and leaves nothing behind.
+    """
+    with _temporary(directory) as temporary:
+        with temporary.open("wb") as sink:
+            write(sink)
+            sink.flush()
+            os.fsync(sink.fileno())
+        digest = file_digest(temporary)
+        final = directory / f"{digest}{suffix}"
+        n_bytes = temporary.stat().st_size
+        if final.exists() and file_digest(final) != digest:
+            # A damaged file under the right name: the good bytes are at hand, so mend it.
+            os.replace(temporary, final)
+        else:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, final)
+        sync_directory(directory)
+    return Snapshot(final, digest, n_bytes)
+
+
+def commit_numbered(directory: Path, content: bytes, suffix: str, width: int = 8) -> Path:
+    """Write a file under the next free number; of two writers, one gets it and one the next.
+
+    Raises:
+        StoreError: the disk is full or failed.
+    """
+    with _temporary(directory) as temporary:
+        with temporary.open("wb") as sink:
+            sink.write(content)
+            sink.flush()
+            os.fsync(sink.fileno())
+        taken = [int(p.stem) for p in directory.glob(f"*{suffix}") if p.stem.isdigit()]
+        number = max(taken, default=0) + 1
+        while True:
+            final = directory / f"{number:0{width}d}{suffix}"
+            try:
+                os.link(temporary, final)
+            except FileExistsError:
+                number += 1
+            else:
+                break
+        sync_directory(directory)
+    return final
+
+
+def move_pointer(pointer: Path, target: Path) -> None:
+    """Point `pointer` (a symbolic link in the target's directory) at `target`, atomically."""
+    temporary = pointer.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        os.symlink(target.name, temporary)
+        os.replace(temporary, pointer)
+        sync_directory(pointer.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"{pointer}: cannot be moved: {error.strerror}") from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a directory's entries durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary(directory: Path) -> Iterator[Path]:
+    """A temporary name beside the final one (a link needs the same file system)."""
+    temporary = directory / f".{uuid.uuid4().hex}.tmp"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except OSError as error:
+        raise StoreError(f"{directory}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

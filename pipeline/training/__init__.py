@@ -1,0 +1,1 @@
+"""Training policies over the cached tables."""

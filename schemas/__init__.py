@@ -1,0 +1,30 @@
+"""What one row of each table is: Pandera (Polars) models and dtypes, nothing else."""
+
+from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema
+from schemas.intake import InputRow, PairCandidate, PreferencePair, QuarantinedRow
+from schemas.rewards import Reward
+from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
+from schemas.sequences import PairSequence, Sequence, Tokenization, UntokenizedPair
+from schemas.training import TrainingStep
+
+__all__ = [
+    "MESSAGES",
+    "SPANS",
+    "TOKEN_IDS",
+    "InputRow",
+    "LogProb",
+    "PairCandidate",
+    "PairSequence",
+    "PreferencePair",
+    "QuarantinedRow",
+    "Reward",
+    "Scorer",
+    "Sequence",
+    "Table",
+    "TokenLogProb",
+    "Tokenization",
+    "TrainingStep",
+    "UntokenizedPair",
+    "identity_fields",
+    "polars_schema",
+]

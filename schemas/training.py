@@ -1,0 +1,29 @@
+"""The training log."""
+
+import pandera.polars as pa
+import polars as pl
+from pandera.typing.polars import Series
+
+from schemas.base import ID, Table
+
+
+class TrainingStep(Table):
+    """One row is an optimiser step; names are TRL's. Rewards are beta times nats, logps nats.
+
+    Each number is of the step's batch *before* its update. A tie counts half in
+    `rewards/accuracies` (in TRL it counts as wrong).
+    """
+
+    policy_id: str = pa.Field(str_matches=ID)
+    step: int = pa.Field(ge=1)
+    epoch: float = pa.Field(ge=0)
+    loss: float
+    rewards_chosen: Series[pl.Float64] = pa.Field(alias="rewards/chosen")
+    rewards_rejected: Series[pl.Float64] = pa.Field(alias="rewards/rejected")
+    rewards_margins: Series[pl.Float64] = pa.Field(alias="rewards/margins")
+    rewards_accuracies: Series[pl.Float64] = pa.Field(alias="rewards/accuracies", ge=0, le=1)
+    logps_chosen: Series[pl.Float64] = pa.Field(alias="logps/chosen")
+    logps_rejected: Series[pl.Float64] = pa.Field(alias="logps/rejected")
+    grad_norm: float = pa.Field(ge=0)
+    learning_rate: float = pa.Field(ge=0)
+    num_tokens: int = pa.Field(ge=1, description="Tokens seen since the start, prompts included.")
