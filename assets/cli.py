@@ -26,7 +26,7 @@ python_logs:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run it; the exit status is 0 only if every step and check passed."""
+    """Parse the command line and run it; 0 only if every step succeeded."""
     parser = argparse.ArgumentParser(prog="logratio", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a plan from its sources to its reports")
@@ -86,8 +86,6 @@ def prepare_home(plan: Plan) -> Path:
     if not settings.exists():
         settings.write_text(_DAGSTER_YAML)
     return home
-
-
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from assets.metadata import column_schema, counts_markdown, table_metadata
-from assets.resources import resource_key
+from assets.resources import opened, resource_key, tag_run
 from pipeline import stages
 from pipeline.errors import SourceError
 from pipeline.intake import run_intake, sources_digest
@@ -33,8 +33,6 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
     raw = dg.AssetKey([plan.name, "raw_preferences"])
     pairs = dg.AssetKey([plan.name, "preference_pairs"])
     quarantine = dg.AssetKey([plan.name, "quarantined_rows"])
-    resource = resource_key(plan.name)
-
     @dg.multi_asset(
         name=f"{plan.name}_intake",
         specs=[
@@ -58,18 +56,16 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
             dg.AssetCheckSpec("every_row_is_accounted_for", asset=pairs, blocking=True),
             dg.AssetCheckSpec("no_prompt_is_in_two_splits", asset=pairs, blocking=True),
         ],
-        required_resource_keys={resource},
+        required_resource_keys={resource_key(plan.name)},
     )
     def intake(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
-        source = getattr(context.resources, resource)
-        run_plan, store = source.open()
-        context.instance.add_run_tags(
-            context.run_id,
-            {"logratio/plan": run_plan.digest, "logratio/overrides": " ".join(source.overrides)},
-        )
+        run_plan, store = opened(context, plan.name)
+        tag_run(context, plan.name, run_plan)
         digest = sources_digest(run_plan)
         context.log_event(
-            dg.AssetObservation(raw, tags={"dagster/data_version": digest}, metadata={"digest": digest})
+            dg.AssetObservation(
+                raw, tags={"dagster/data_version": digest}, metadata={"digest": digest}
+            )
         )
         try:
             result = run_intake(run_plan, store)
@@ -114,8 +110,6 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
 
 def sequences(plan: Plan) -> dg.AssetsDefinition:
     """Token ids, each distinct sequence once."""
-    resource = resource_key(plan.name)
-
     @dg.asset(
         key=[plan.name, "sequences"],
         deps=[dg.AssetKey([plan.name, "preference_pairs"])],
@@ -130,10 +124,10 @@ def sequences(plan: Plan) -> dg.AssetsDefinition:
                 blocking=True,
             )
         ],
-        required_resource_keys={resource},
+        required_resource_keys={resource_key(plan.name)},
     )
     def tokenised(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        result = stages.tokenize(*getattr(context.resources, resource).open())
+        result = stages.tokenize(*opened(context, plan.name))
         covered = result.pair_sequences.n_rows + result.untokenized.n_rows
         return dg.MaterializeResult(
             data_version=dg.DataVersion(result.sequences.digest),

@@ -5,7 +5,7 @@ from typing import Any
 import dagster as dg
 
 from assets.metadata import column_schema, png_markdown, table_metadata
-from assets.resources import resource_key
+from assets.resources import opened, resource_key
 from pipeline import stages
 from pipeline.plan import Plan
 from schemas import Reward
@@ -15,7 +15,6 @@ GROUP = "report"
 
 def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
     """The table every analysis starts from."""
-    resource = resource_key(plan.name)
     key = dg.AssetKey([plan.name, "implicit_rewards", name])
     objective = plan.objectives[name]
     reference = dg.AssetKey([plan.name, "logprobs", objective.reference])
@@ -47,11 +46,11 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
             ),
         },
         check_specs=[dg.AssetCheckSpec("every_tokenised_pair_has_a_reward", asset=key)],
-        required_resource_keys={resource},
+        required_resource_keys={resource_key(plan.name)},
     )
     def rewarded(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        plan, store = getattr(context.resources, resource).open()
-        table = stages.compute_rewards(plan, store, name)
+        run_plan, store = opened(context, plan.name)
+        table = stages.compute_rewards(run_plan, store, name)
         wanted = stages.n_tokenized(store)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(table.digest),
@@ -69,8 +68,6 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
 
 def reward_report(plan: Plan, name: str) -> dg.AssetsDefinition:
     """The page a person reads, and its numbers as JSON and as metadata."""
-    resource = resource_key(plan.name)
-
     @dg.asset(
         key=[plan.name, "reward_report", name],
         deps=[
@@ -82,10 +79,10 @@ def reward_report(plan: Plan, name: str) -> dg.AssetsDefinition:
         group_name=GROUP,
         kinds={"html", "json"},
         description="Accuracy, margins, training curve, best and worst pairs, on one page.",
-        required_resource_keys={resource},
+        required_resource_keys={resource_key(plan.name)},
     )
     def reported(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        result = stages.write_report(*getattr(context.resources, resource).open(), name)
+        result = stages.write_report(*opened(context, plan.name), name)
         return dg.MaterializeResult(
             metadata={
                 "report": dg.MetadataValue.path(result.html),

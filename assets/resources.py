@@ -31,6 +31,19 @@ class PlanResource(dg.ConfigurableResource[Any]):
         return plan, store_of(plan)
 
 
+def opened(context: dg.AssetExecutionContext, plan_name: str) -> tuple[Plan, Store]:
+    """The run's plan and store, from inside an asset."""
+    resource: PlanResource = getattr(context.resources, resource_key(plan_name))
+    return resource.open()
+
+
+def tag_run(context: dg.AssetExecutionContext, plan_name: str, plan: Plan) -> None:
+    """Record on the run which plan it ran and what was overridden, the Launchpad's included."""
+    resource: PlanResource = getattr(context.resources, resource_key(plan_name))
+    tags = {"logratio/plan": plan.digest, "logratio/overrides": " ".join(resource.overrides)}
+    context.instance.add_run_tags(context.run_id, tags)
+
+
 def resource_key(plan_name: str) -> str:
     """The resource that holds a plan; several plans live in one code location."""
     return f"{plan_name}_plan"

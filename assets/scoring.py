@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.metadata import column_schema
-from assets.resources import resource_key
+from assets.resources import opened, resource_key
 from pipeline import stages
 from pipeline.plan import Plan
 from schemas import LogProb
@@ -15,7 +15,6 @@ MODEL_STEP = {"logratio/model": "true"}
 
 def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
     """The log-probs of every sequence under a model of the plan or an objective's policy."""
-    resource = resource_key(plan.name)
     key = dg.AssetKey([plan.name, "logprobs", name])
     deps = [dg.AssetKey([plan.name, "sequences"])]
     if name in plan.objectives:
@@ -34,11 +33,11 @@ def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
             dg.AssetCheckSpec("logprobs_are_finite", asset=key, blocking=True),
             dg.AssetCheckSpec("scoring_is_repeatable", asset=key, blocking=True),
         ],
-        required_resource_keys={resource},
+        required_resource_keys={resource_key(plan.name)},
     )
     def scored(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        plan, store = getattr(context.resources, resource).open()
-        result = stages.score(plan, store, name)
+        run_plan, store = opened(context, plan.name)
+        result = stages.score(run_plan, store, name)
         table = stages.scored_rows(store, result.key)
         test = result.null_test
         return dg.MaterializeResult(

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.resources import resource_key
+from assets.resources import opened, resource_key
 from assets.scoring import MODEL_STEP
 from pipeline import stages
 from pipeline.plan import Plan
@@ -12,7 +12,6 @@ GROUP = "training"
 
 def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
     """The policy an objective trains, over the cached log-probs of its reference."""
-    resource = resource_key(plan.name)
     key = dg.AssetKey([plan.name, "policies", name])
     objective = plan.objectives[name]
     models = dict.fromkeys([objective.reference, objective.start])
@@ -30,10 +29,10 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
         description=f"A policy trained with {objective.loss} from '{objective.start}' against "
         f"'{objective.reference}', which is not loaded: its log-probs are in the ledger.",
         check_specs=[dg.AssetCheckSpec("training_starts_where_the_tables_say", asset=key)],
-        required_resource_keys={resource},
+        required_resource_keys={resource_key(plan.name)},
     )
     def trained(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        result = stages.train(*getattr(context.resources, resource).open(), name)
+        result = stages.train(*opened(context, plan.name), name)
         first, last = result.steps.row(0, named=True), result.steps.row(-1, named=True)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(result.policy_id),

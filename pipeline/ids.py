@@ -14,7 +14,7 @@ def content_id(kind: str, *parts: Any) -> str:
     """BLAKE2b-128 of a canonical, length-prefixed form of `parts`, as 32 hex digits.
 
     `kind` separates the id spaces: a pair and a prompt of equal parts get different ids. Parts may
-    be None, bool, int, float, str, bytes, integer arrays, and sequences and mappings of those (a
+    be None, bool, int, float, str, bytes, flat integer arrays, and sequences and mappings of those (a
     mapping's order does not matter).
 
     Raises:
@@ -28,7 +28,10 @@ def content_id(kind: str, *parts: Any) -> str:
 
 def unit_interval(identifier: str, salt: str) -> float:
     """A number in [0, 1) that depends on the id and the salt alone, uniform over ids."""
-    digest = hashlib.blake2b(identifier.encode(), key=salt.encode()[:64], digest_size=8).digest()
+    key = salt.encode()
+    if len(key) > hashlib.blake2b.MAX_KEY_SIZE:
+        key = hashlib.blake2b(key).digest()
+    digest = hashlib.blake2b(identifier.encode(), key=key, digest_size=8).digest()
     # 53 bits: exactly what a float64 holds, so 1.0 cannot come out by rounding.
     return (int.from_bytes(digest, "big") >> 11) / 2.0**53
 
@@ -49,8 +52,8 @@ def _canonical(value: Any) -> Iterator[bytes]:
         case bytes():
             yield _sized(b"y", value)
         case np.ndarray():
-            if value.dtype.kind not in "iu":
-                raise TypeError(f"no canonical form for an array of {value.dtype}")
+            if value.dtype.kind not in "iu" or value.ndim != 1:
+                raise TypeError(f"no canonical form for a {value.ndim}-d array of {value.dtype}")
             yield _sized(b"a", value.astype("<i8").tobytes())
         case Mapping():
             yield b"m" + struct.pack("<Q", len(value))

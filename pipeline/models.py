@@ -111,7 +111,9 @@ def weight_files(path: Path) -> list[Path]:
     files = [path / name for name in names]
     for file in files:
         if not file.exists():
-            raise ModelError(f"checkpoint {path}: {file.name} is missing (only safetensors are read)")
+            raise ModelError(
+                f"checkpoint {path}: {file.name} is missing (only safetensors are read)"
+            )
     return files
 
 

@@ -58,7 +58,7 @@ class SplitConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """A checkpoint (a directory, a hub id, or `packaged:smollm2-135m-instruct`) and its numerics."""
+    """A checkpoint (directory, hub id or `packaged:smollm2-135m-instruct`) and its numerics."""
 
     checkpoint: str = Field(min_length=1)
     adapter: Path | None = None
@@ -205,7 +205,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML takes the last of two equal keys silently; a plan must not."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
@@ -219,7 +219,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read: {error}") from None
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise PlanError(f"{path}: is not YAML: {error}") from None
     if not isinstance(values, dict):

@@ -5,17 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
+from typing import Never
 
 from tqdm import tqdm
 
-_FORMAT = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit}{postfix}, {remaining} left"
+_FORMAT = (
+    "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit}{postfix}, {remaining} left"
+)
 
 
 @dataclass
 class Progress:
     """Counts rows and tokens and moves a bar."""
 
-    bar: "tqdm[None]"
+    bar: "tqdm[Never]"
     started: float
     n_tokens: int = 0
 

@@ -106,7 +106,7 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
         untokenized=publish(store, "untokenized_pairs", tables.untokenized, UntokenizedPair),
         tokenization_id=tables.tokenization["tokenization_id"][0],
         n_tokens=tables.sequences.select(pl.sum("n_prompt") + pl.sum("n_scored")).item(),
-        n_boundary_merges=tables.pair_sequences["boundary_merge"].sum(),
+        n_boundary_merges=tables.pair_sequences.filter("boundary_merge").height,
         untokenized_by_rule=dict(rules.iter_rows()),
     )
 
@@ -129,7 +129,7 @@ def scored_rows(store: Store, key: ScorerKey) -> ScoredRows:
     return ScoredRows(
         n_rows=held.height,
         n_nonfinite=held.height - finite.height,
-        mean=finite["logprob"].sum() / max(finite.height, 1),
+        mean=float(finite["logprob"].sum()) / max(finite.height, 1),
         digest=content_id("scored", held["sequence_id"].to_list(), held["logprob"].to_list()),
     )
 
@@ -176,7 +176,7 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         read_logprobs(reference),
         read_logprobs(policy),
         beta=plan.report.beta,
-        score=lambda *columns: spec.score(*columns, objective.beta),
+        score=lambda ratio, logprob, n: spec.score(ratio, logprob, n, objective.beta),
         gradient_weight=spec.gradient_weight,
         policy_id=_policy_id(store, name),
         pairs_digest=current_snapshot(store, "pairs").digest,

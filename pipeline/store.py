@@ -122,16 +122,16 @@ def current_snapshot(store: Store, name: str, suffix: str = ".parquet") -> Snaps
 
 def checked(name: str, frame: pl.DataFrame, model: type[Table]) -> pl.DataFrame:
     """`frame`, validated; `ge=0` alone would let NaN through, since Polars ranks it highest."""
-    validated: pl.DataFrame = model.validate(frame, lazy=True)
-    floats = [c for c, dtype in validated.schema.items() if dtype.is_float()]
-    lists = [c for c, t in validated.schema.items() if t in (pl.List(pl.Float32),)]
-    bad = validated.select(
+    floats = [c for c, dtype in frame.schema.items() if dtype.is_float()]
+    lists = [c for c, t in frame.schema.items() if t in (pl.List(pl.Float32),)]
+    bad = frame.select(
         *[(~pl.col(c).is_finite()).sum().alias(c) for c in floats],
         *[(~pl.col(c).explode().is_finite()).sum().alias(c) for c in lists],
     )
     for column, count in bad.to_dicts()[0].items() if bad.width else ():
         if count:
             raise StoreError(f"table '{name}': {count} values of '{column}' are NaN or infinite")
+    validated: pl.DataFrame = model.validate(frame, lazy=True)
     return validated
 
 

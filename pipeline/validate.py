@@ -10,21 +10,21 @@ from schemas.base import MESSAGES
 
 CANDIDATE_SCHEMA = pl.Schema(
     {
-        "source": pl.String,
-        "file": pl.String,
-        "row": pl.Int64,
-        "unit": pl.Int64,
-        "byte_offset": pl.Int64,
-        "raw": pl.String,
+        "source": pl.String(),
+        "file": pl.String(),
+        "row": pl.Int64(),
+        "unit": pl.Int64(),
+        "byte_offset": pl.Int64(),
+        "raw": pl.String(),
         "prompt": MESSAGES,
-        "chosen": pl.String,
-        "rejected": pl.String,
-        "strength": pl.Float64,
-        "meta": pl.String,
-        "pair_id": pl.String,
-        "reverse_id": pl.String,
-        "prompt_id": pl.String,
-        "evaluation": pl.Boolean,
+        "chosen": pl.String(),
+        "rejected": pl.String(),
+        "strength": pl.Float64(),
+        "meta": pl.String(),
+        "pair_id": pl.String(),
+        "reverse_id": pl.String(),
+        "prompt_id": pl.String(),
+        "evaluation": pl.Boolean(),
     }
 )
 """A pair as read, with its place, and with the id it would have with its sides exchanged."""
@@ -133,9 +133,7 @@ def row_fates(read: pl.DataFrame, accepted: pl.DataFrame) -> pl.DataFrame:
             .otherwise(pl.lit("merged")),
             n_units=pl.col("n_units").fill_null(0),
         )
-        .with_columns(
-            duplicate_of=pl.when(pl.col("disposition") == "merged").then("pair_id")
-        )
+        .with_columns(duplicate_of=pl.when(pl.col("disposition") == "merged").then("pair_id"))
         .select(list(polars_schema(InputRow)))
     )
 

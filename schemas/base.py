@@ -1,4 +1,4 @@
-"""What every table shares: a strict Pandera base model and the dtypes used in more than one table."""
+"""What tables share: a strict Pandera base model and dtypes used in more than one of them."""
 
 import pandera.polars as pa
 import polars as pl

@@ -73,9 +73,9 @@ def score_sequences(
     known = read_logprobs(key).join(sequences, on="sequence_id", how="semi")
     missing = sequences.join(known, on="sequence_id", how="anti")
     recorded = last_trust(key)
-    test = missing.height > 0 or settings.null_test == "always" or recorded is None
+    test = missing.height > 0 or settings.null_test == "always"
     n_tokens, rate = 0, 0.0
-    if test:
+    if test or recorded is None:
         with closing(open_engine(config, checkpoint)) as engine:
             if missing.height:
                 n_tokens, rate = _score_missing(name, key, checkpoint, engine, missing, settings)
@@ -91,7 +91,7 @@ def score_sequences(
         n_tokens=n_tokens,
         tokens_per_second=rate,
         seconds=monotonic() - started,
-        model_loaded=test,
+        model_loaded=test or recorded is None,
         null_test=outcome,
     )
 

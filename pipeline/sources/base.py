@@ -31,9 +31,7 @@ class RowError(Exception):
         self.detail = detail
 
 
-def split_reply(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], str, str]:
+def split_reply(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
     """Two whole conversations to (common prompt, chosen reply, rejected reply).
 
     The prompt is everything before the last turn; that turn must be the assistant's on both

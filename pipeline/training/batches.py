@@ -1,4 +1,4 @@
-"""What training reads: pairs with their token ids and their reference's log-probs from the ledger."""
+"""What training reads: pairs with their token ids and their reference's log-probs."""
 
 import math
 from dataclasses import dataclass
@@ -73,9 +73,12 @@ def values_digest(pairs: list[TrainingPair]) -> str:
     return content_id(
         "training values",
         [
-            [p.pair_id, p.chosen.sequence_id, p.rejected.sequence_id]
-            + [p.reference_chosen, p.reference_rejected]
-            for p in pairs
+            [
+                pair.pair_id,
+                *(pair.chosen.sequence_id, pair.rejected.sequence_id),
+                *(pair.reference_chosen, pair.reference_rejected),
+            ]
+            for pair in pairs
         ],
     )
 

@@ -180,9 +180,10 @@ def _backward(
     )
     batch = PairBatch(chosen[None], rejected[None], reference[None, 0], reference[None, 1])
     loss = losses.REGISTRY[objective.loss].loss(batch, objective.beta)[0]
-    (loss / n_pairs).backward()
+    torch.autograd.backward(loss / n_pairs)
     rewards = [
-        objective.beta * (side.item() - ref.item()) for side, ref in zip(sides, reference, strict=True)
+        objective.beta * (side.item() - ref.item())
+        for side, ref in zip(sides, reference, strict=True)
     ]
     margin = rewards[0] - rewards[1]
     return {

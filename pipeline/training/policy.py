@@ -100,9 +100,7 @@ def train_policy(
     return _load(final, identifier, trained=False)
 
 
-def _require_comparable(
-    reference: Numerics, trainer: Numerics, objective: ObjectiveConfig
-) -> None:
+def _require_comparable(reference: Numerics, trainer: Numerics, objective: ObjectiveConfig) -> None:
     """Subtracting log-probs of two numerics would bake a fixed error per pair into training."""
     if not reference.comparable(trainer):
         raise TrainingError(

@@ -1,0 +1,84 @@
+"""What several tests build: a tiny random model with a real tokeniser, and a fake engine."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.scoring.engine import Group
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
+    "+ message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def build_tiny_model(directory: Path, seed: int = 0, **config: Any) -> Path:
+    """A two-layer Llama with random weights and a byte-level BPE tokeniser, as safetensors."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = ["the answer to the question is that it depends on what was asked"] * 4
+    tokenizer.train_from_iterator(text, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    fast.chat_template = CHATML
+    torch.manual_seed(seed)
+    values: dict[str, Any] = {
+        "vocab_size": len(fast),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,  # far from uniform, so that a wrong position shows
+        "tie_word_embeddings": False,
+        "pad_token_id": 2,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**values, **config}))
+    model.save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return directory
+
+
+class FakeEngine:
+    """Log-probs from a hash of the token ids: instant, and bit-equal in any batch."""
+
+    def __init__(self, salt: str = "") -> None:
+        self.salt = salt
+        self.scored: list[str] = []
+
+    def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
+        result = []
+        for group in groups:
+            rows = []
+            for completion in group.completions:
+                self.scored.append(completion.sequence_id)
+                data = self.salt.encode() + group.prompt_ids.tobytes() + completion.ids.tobytes()
+                seed = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+                values = -np.random.default_rng(seed).gamma(2.0, 1.0, len(completion.scored))
+                rows.append(values.astype(np.float32))
+            result.append(rows)
+        return result
+
+    def close(self) -> None:
+        pass
