@@ -8,7 +8,6 @@ from time import monotonic
 
 import dagster as dg
 
-from assets.definitions import PLANS_VARIABLE
 from assets.resources import resource_key
 from assets.summary import summary
 from pipeline.errors import LogratioError
@@ -55,9 +54,7 @@ def run_plan(path: Path, overrides: list[str]) -> int:
     """
     plan = load_plan(path, overrides)
     started = monotonic()
-    os.environ[PLANS_VARIABLE] = str(path.resolve())
-    prepare_home(plan)
-    with dg.DagsterInstance.get() as instance:
+    with dg.DagsterInstance.from_config(str(prepare_home(plan))) as instance:
         result = dg.execute_job(
             dg.build_reconstructable_job(
                 "assets.definitions", "reconstruct_job", (str(path.resolve()),)
@@ -80,7 +77,7 @@ def run_plan(path: Path, overrides: list[str]) -> int:
 
 def prepare_home(plan: Plan) -> Path:
     """Dagster's home: `DAGSTER_HOME`, or a folder in the plan's store, made when missing."""
-    home = Path(os.environ.setdefault("DAGSTER_HOME", str(plan.store / "dagster"))).resolve()
+    home = Path(os.environ.get("DAGSTER_HOME", plan.store / "dagster")).resolve()
     home.mkdir(parents=True, exist_ok=True)
     settings = home / "dagster.yaml"
     if not settings.exists():

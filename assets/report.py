@@ -11,6 +11,8 @@ from pipeline.plan import Plan
 from schemas import Reward
 
 GROUP = "report"
+PARTS = ["rows", "pairs", "splits", "training", "noise", "finite"]
+"""The parts of a report's numbers that go to Dagster too: counts and statistics, no text."""
 
 
 def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
@@ -88,7 +90,7 @@ def reward_report(plan: Plan, name: str) -> dg.AssetsDefinition:
                 "report": dg.MetadataValue.path(result.html),
                 "json": dg.MetadataValue.path(result.json),
                 "margins": png_markdown(result.rendered.histogram_png, "histogram of margins"),
-                **_flat(result.rendered.numbers),
+                **_flat({part: result.rendered.numbers[part] for part in PARTS}),
             },
         )
 
@@ -102,6 +104,6 @@ def _flat(numbers: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             entries.update(_flat(value, f"{name}/"))
-        elif isinstance(value, bool | int | float | str):
+        elif isinstance(value, bool | int | float):
             entries[name] = value
     return entries

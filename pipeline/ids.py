@@ -14,8 +14,8 @@ def content_id(kind: str, *parts: Any) -> str:
     """BLAKE2b-128 of a canonical, length-prefixed form of `parts`, as 32 hex digits.
 
     `kind` separates the id spaces: a pair and a prompt of equal parts get different ids. Parts may
-    be None, bool, int, float, str, bytes, flat integer arrays, and sequences and mappings of those (a
-    mapping's order does not matter).
+    be None, bool, int, float, str, bytes, one-dimensional integer arrays, and sequences and
+    mappings of those (a mapping's order does not matter).
 
     Raises:
         TypeError: for any other type.

@@ -4,6 +4,7 @@ Values come from the file, then `LOGRATIO__A__B=value` in the environment, then 
 the command line or Dagster's Launchpad; the later one wins. Values are YAML.
 """
 
+import datetime
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,10 +15,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pipeline import losses
 from pipeline.errors import PlanError
@@ -28,9 +32,16 @@ ENVIRONMENT_PREFIX = "LOGRATIO__"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 """A name is a path and a Dagster key at once: lower-case letters, digits and underscores."""
 
+_NAME_RULE = (
+    "a name is lower-case letters, digits and underscores, begins with a letter "
+    "and is at most 64 long"
+)
+_TAKEN = ("dagster", "ledger", "models", "policies")
+"""What stands in the store beside the plans' own folders (`pipeline.store.Store`)."""
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SourceConfig(_Section):
@@ -47,7 +58,21 @@ class TokenizationConfig(_Section):
     over_long: Literal["quarantine", "keep_start"] = "quarantine"
     completion_tail: Literal["template", "eos"] = "template"
     control_tokens: Literal["literal", "allow", "reject"] = "literal"
-    pinned_date: str | None = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$")
+    pinned_date: str | None = None
+
+    @field_validator("pinned_date", mode="before")
+    @classmethod
+    def _pinned_date_is_a_date(cls, value: object) -> object:
+        if isinstance(value, datetime.date):  # YAML's reading of an unquoted date
+            return value.isoformat()[:10]
+        if isinstance(value, str):
+            try:
+                if datetime.date.fromisoformat(value).isoformat() == value:
+                    return value
+            except ValueError:
+                pass
+            raise ValueError(f"'{value}' is not a date, YYYY-MM-DD")
+        return value
 
 
 class SplitConfig(_Section):
@@ -75,11 +100,12 @@ class ObjectiveConfig(_Section):
     reference: Name
     start: Name
 
-    @model_validator(mode="after")
-    def _loss_is_known(self) -> "ObjectiveConfig":
-        if self.loss not in losses.REGISTRY:
-            raise ValueError(f"loss: '{self.loss}' is not one of {', '.join(losses.REGISTRY)}")
-        return self
+    @field_validator("loss")
+    @classmethod
+    def _loss_is_known(cls, loss: str) -> str:
+        if loss not in losses.REGISTRY:
+            raise ValueError(f"'{loss}' is not one of {', '.join(losses.REGISTRY)}")
+        return loss
 
 
 class LoraConfig(_Section):
@@ -140,6 +166,15 @@ class Plan(_Section):
     training: TrainingConfig = TrainingConfig()
     scoring: ScoringConfig = ScoringConfig()
     report: ReportConfig = ReportConfig()
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
+    """Paths after `load_plan` has resolved them, and as the plan writes them."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str) -> str:
+        if name in _TAKEN:
+            raise ValueError(f"'{name}' is taken in every store, as are {', '.join(_TAKEN)}")
+        return name
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Plan":
@@ -147,22 +182,22 @@ class Plan(_Section):
             for field in ("reference", "start"):
                 named = getattr(objective, field)
                 if named not in self.models:
-                    raise ValueError(
-                        f"objectives.{name}.{field}: '{named}' is not one of the models: "
-                        f"{', '.join(self.models)}"
+                    raise _fault(
+                        f"objectives.{name}.{field}",
+                        f"'{named}' is not one of the models: {', '.join(self.models)}",
                     )
-        for what, left, right in (
-            ("a model and an objective", self.models, self.objectives),
-            ("a source and an evaluation source", self.sources, self.evaluation),
+        for section, what, left, right in (
+            ("objectives", "a model and an objective", self.models, self.objectives),
+            ("evaluation", "a source and an evaluation source", self.sources, self.evaluation),
         ):
             if both := sorted(set(left) & set(right)):
-                raise ValueError(f"'{both[0]}' names {what}; names must differ")
+                raise _fault(f"{section}.{both[0]}", f"names {what}; names must differ")
         return self
 
     @property
     def digest(self) -> str:
-        """An id of everything the plan says."""
-        return content_id("plan", self.model_dump(mode="json"))
+        """An id of everything the plan says; paths count as written, so a moved plan keeps it."""
+        return content_id("plan", _as_written(self.model_dump(mode="json"), self._written))
 
 
 def load_plan(
@@ -186,14 +221,13 @@ def load_plan(
     for variable in sorted(environment):
         if variable.startswith(ENVIRONMENT_PREFIX):
             key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-            _override(values, key, environment[variable], f"environment variable {variable}")
-            origins[key] = f"environment variable {variable}"
+            origin = f"environment variable {variable}"
+            _override(values, key, environment[variable], origin, origins)
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key:
+        if not equals:
             raise PlanError(f"override '{override}': write it as key=value, e.g. training.seed=1")
-        _override(values, key, text, f"override '{override}'")
-        origins[key] = f"override '{override}'"
+        _override(values, key, text, f"override '{override}'", origins)
     try:
         plan = Plan.model_validate(values)
     except ValidationError as error:
@@ -201,22 +235,44 @@ def load_plan(
     return _resolve_paths(plan, path.resolve().parent)
 
 
+def _fault(key: str, message: str) -> PydanticCustomError:
+    """An error about a key below the section that finds it."""
+    return PydanticCustomError("fault", "{message}", {"key": key, "message": message})
+
+
+def _as_written(value: Any, written: Mapping[str, str]) -> Any:
+    match value:
+        case dict():
+            return {key: _as_written(item, written) for key, item in value.items()}
+        case list():
+            return [_as_written(item, written) for item in value]
+        case str():
+            return written.get(value, value)
+    return value
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML takes the last of two equal keys silently; a plan must not."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise yaml.YAMLError(f"key '{key}' stands twice in the block at line {line}")
+        seen = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *defaults`, whose keys the block may replace
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"key '{key}' stands twice in one block, again at line {line}")
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise PlanError(f"{path}: cannot be read: {error}") from None
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
@@ -227,33 +283,68 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _override(values: dict[str, Any], key: str, text: str, origin: str) -> None:
+def _override(
+    values: dict[str, Any], key: str, text: str, origin: str, origins: dict[str, str]
+) -> None:
+    """Set a value, and note its origin under its key or under the first section it creates."""
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise PlanError(f"{origin}: the value is not YAML: {error}") from None
     *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
+    if not all((*parents, last)):
+        raise PlanError(f"{origin}: '{key}' is no key; write it like training.seed")
+    made = key
+    for depth, parent in enumerate(parents, start=1):
+        if values.get(parent) is None:
+            values[parent] = {}
+            made = min(made, ".".join(parents[:depth]), key=len)
+        values = values[parent]
         if not isinstance(values, dict):
             raise PlanError(f"{origin}: '{parent}' holds a value, not a section")
     values[last] = value
+    origins.pop(made, None)  # so that the last one stands last
+    origins[made] = origin
 
 
 def _explain(error: ValidationError, path: Path, origins: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
-        location = [str(part) for part in problem["loc"] if part != "[key]"]
-        key = ".".join(location)
-        where = next((o for k, o in origins.items() if f"{key}.".startswith(f"{k}.")), str(path))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            section = _section(location[:-1])
-            message = "unknown key; allowed: " + (_fields(section) if section else "none here")
-        elif problem["type"] == "string_pattern_mismatch":
-            message += f" (got '{problem['input']}')"
-        lines.append(f"{where}: {key}: {message}" if key else f"{where}: {message}")
+        context = problem.get("ctx", {})
+        location = _location(problem["loc"])
+        key = context.get("key") or ".".join(location)
+        named = [origin for k, origin in origins.items() if f"{key}.".startswith(f"{k}.")]
+        message = _message(problem["type"], problem["msg"], problem["input"], location)
+        lines.append(f"{named[-1] if named else path}: {key}: {message}")
     return "\n".join(lines)
+
+
+def _location(found: tuple[int | str, ...]) -> list[str]:
+    """Where a fault is, without the words Pydantic adds below a value for its own use."""
+    parts = [str(part) for part in found]
+    for depth in range(1, len(parts)):
+        if _section(parts[:depth]) is None:
+            return parts[:depth]
+    return [part for part in parts if part != "[key]"]
+
+
+def _message(kind: str, message: str, value: object, location: list[str]) -> str:
+    shown = "null" if value is None else repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    section = _section(location[:-1] if kind == "extra_forbidden" else location)
+    keys = _fields(section) if section else "none here"
+    match kind:
+        case "missing":
+            return "is required"
+        case "extra_forbidden":
+            return f"unknown key; allowed: {keys}"
+        case "model_type":
+            return f"{shown} is no section; allowed keys: {keys}"
+        case "dict_type":
+            return f"{shown} is no section; it maps names to sections of {keys}"
+        case "string_pattern_mismatch":
+            return f"{shown}: {_NAME_RULE}"
+    return message.removeprefix("Value error, ").replace("Input should", f"{shown} should")
 
 
 def _section(location: list[str]) -> type[BaseModel] | None:
@@ -279,24 +370,34 @@ def _fields(section: type[BaseModel]) -> str:
 
 
 def _resolve_paths(plan: Plan, base: Path) -> Plan:
+    written: dict[str, str] = {}
+
+    def resolved(path: Path, whole: Path | None = None) -> Path:
+        whole = whole or base / path
+        written[str(whole)] = str(path)
+        return whole
+
     def source(config: SourceConfig) -> SourceConfig:
-        return config.model_copy(update={"path": base / config.path})
+        return config.model_copy(update={"path": resolved(config.path)})
 
     def model(config: ModelConfig) -> ModelConfig:
         update: dict[str, Any] = {}
         if config.adapter is not None:
-            update["adapter"] = base / config.adapter
+            update["adapter"] = resolved(config.adapter)
         # A hub id looks like a relative path; it is one only if it exists or says so.
         local = base / config.checkpoint
         if config.checkpoint.startswith((".", "/")) or local.exists():
+            written[str(local)] = config.checkpoint
             update["checkpoint"] = str(local)
         return config.model_copy(update=update)
 
-    return plan.model_copy(
+    plan = plan.model_copy(
         update={
-            "store": (base / plan.store).resolve(),
+            "store": resolved(plan.store, (base / plan.store).resolve()),
             "sources": {name: source(config) for name, config in plan.sources.items()},
             "evaluation": {name: source(config) for name, config in plan.evaluation.items()},
             "models": {name: model(config) for name, config in plan.models.items()},
         }
     )
+    plan._written = written
+    return plan

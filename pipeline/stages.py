@@ -194,7 +194,7 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
     objective = plan.objectives[name]
     reference, _ = _key(plan, store, objective.reference)
     policy, _ = _key(plan, store, name)
-    rewards = read(store, f"rewards/{name}")
+    pairs, rewards = read(store, "pairs"), read(store, f"rewards/{name}")
     spec = losses.REGISTRY[objective.loss]
     identities = {
         "plan": plan.name,
@@ -202,7 +202,7 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
         "pairs": current_snapshot(store, "pairs").digest,
         "rewards": current_snapshot(store, f"rewards/{name}").digest,
         "tokenisation": read(store, "tokenizations")["tokenization_id"][0],
-        "reference": f"{objective.reference}: {plan.models[objective.reference].checkpoint}",
+        "reference": f"{objective.reference}: {_shown(plan.models[objective.reference])}",
         "reference model id": reference.model.model_id,
         "policy id": _policy_id(store, name),
         "policy model id": policy.model.model_id,
@@ -218,13 +218,14 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
             objective=name,
             loss={"loss": objective.loss, "beta": f"{objective.beta:g}", "paper": spec.paper},
             rewards=rewards,
-            pairs=read(store, "pairs"),
+            pairs=pairs,
             rows=read(store, "rows"),
             quarantine=read(store, "quarantine"),
             untokenized=read(store, "untokenized_pairs"),
             training_steps=read(store, f"training_steps/{name}"),
             provenance=identities,
             noise_floor=_noise_floor(reference, policy),
+            n_left_out=pairs.height - _limited(pairs, plan.limit_pairs).height,
         )
     )
     html = publish_file(store, f"reports/{name}", rendered.html.encode(), ".html")
@@ -267,6 +268,11 @@ def _noise_floor(*keys: ScorerKey) -> float | None:
     records = [last_trust(key) for key in keys]
     floors = [record["noise_floor"] for record in records if record is not None]
     return max(floors) if len(floors) == len(keys) else None
+
+
+def _shown(config: ModelConfig) -> str:
+    """A checkpoint's name without the machine it is on."""
+    return Path(config.checkpoint).name if Path(config.checkpoint).exists() else config.checkpoint
 
 
 def _pointer(store: Store, name: str, snapshot: Snapshot) -> Path:
