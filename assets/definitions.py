@@ -33,7 +33,7 @@ def plan_definitions(path: Path) -> dg.Definitions:
         pipeline.errors.PlanError: the plan is wrong.
     """
     plan = load_plan(path)
-    assets: list[dg.AssetsDefinition | dg.AssetSpec] = [
+    assets = [
         intake.raw_preferences(plan),
         intake.preference_pairs(plan),
         intake.sequences(plan),
@@ -57,12 +57,12 @@ def job_name(plan: Plan) -> str:
     return f"{plan.name}_job"
 
 
-def job(plan: Plan, assets: list[dg.AssetsDefinition | dg.AssetSpec]) -> Any:
+def job(plan: Plan, assets: list[dg.AssetsDefinition]) -> Any:
     """Everything from the sources to the reports; one model is in memory at a time."""
     return dg.define_asset_job(
         job_name(plan),
         selection=dg.AssetSelection.assets(
-            *[key for a in assets if isinstance(a, dg.AssetsDefinition) for key in a.keys]
+            *[key for definition in assets for key in definition.keys]
         ),
         description=f"Runs the plan '{plan.name}' from its sources to its reports.",
         executor_def=dg.multiprocess_executor.configured(

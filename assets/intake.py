@@ -1,6 +1,8 @@
 """Assets of the intake: pairs and the rows that were not accepted, then token sequences."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import dagster as dg
 
@@ -17,15 +19,41 @@ from schemas import PreferencePair, QuarantinedRow, Sequence
 GROUP = "intake"
 
 
-def raw_preferences(plan: Plan) -> dg.AssetSpec:
-    """The source files, which we observe and never write."""
-    return dg.AssetSpec(
-        [plan.name, "raw_preferences"],
+def _observed(**arguments: Any) -> Callable[..., Any]:
+    """Dagster's decorator without its warning: it is beta, and the lock pins the version."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=dg.BetaWarning)
+        decorator: Callable[..., Any] = dg.multi_observable_source_asset(**arguments)
+    return decorator
+
+
+def raw_preferences(plan: Plan) -> dg.AssetsDefinition:
+    """The source files, which we observe and never write; their version is their content."""
+    key = dg.AssetKey([plan.name, "raw_preferences"])
+
+    @_observed(
+        name=f"{plan.name}_raw",
+        specs=[
+            dg.AssetSpec(
+                key,
+                kinds={"json"},
+                description="Preference data as it was published: the files the plan names.",
+                metadata={name: str(config.path) for name, config in plan.sources.items()},
+            )
+        ],
         group_name=GROUP,
-        kinds={"json"},
-        description="Preference data as it was published: the files the plan names.",
-        metadata={name: str(config.path) for name, config in plan.sources.items()},
+        required_resource_keys={resource_key(plan.name)},
     )
+    def observed(context: dg.AssetExecutionContext) -> Iterator[dg.ObserveResult]:
+        run_plan, _ = opened(context, plan.name)
+        tag_run(context, plan.name, run_plan)
+        digest = sources_digest(run_plan)
+        yield dg.ObserveResult(
+            asset_key=key, data_version=dg.DataVersion(digest), metadata={"digest": digest}
+        )
+
+    definition: dg.AssetsDefinition = observed
+    return definition
 
 
 def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
@@ -33,6 +61,7 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
     raw = dg.AssetKey([plan.name, "raw_preferences"])
     pairs = dg.AssetKey([plan.name, "preference_pairs"])
     quarantine = dg.AssetKey([plan.name, "quarantined_rows"])
+
     @dg.multi_asset(
         name=f"{plan.name}_intake",
         specs=[
@@ -60,13 +89,6 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
     )
     def intake(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
         run_plan, store = opened(context, plan.name)
-        tag_run(context, plan.name, run_plan)
-        digest = sources_digest(run_plan)
-        context.log_event(
-            dg.AssetObservation(
-                raw, tags={"dagster/data_version": digest}, metadata={"digest": digest}
-            )
-        )
         try:
             result = run_intake(run_plan, store)
         except SourceError as error:  # data will not mend itself by trying again
@@ -110,6 +132,7 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
 
 def sequences(plan: Plan) -> dg.AssetsDefinition:
     """Token ids, each distinct sequence once."""
+
     @dg.asset(
         key=[plan.name, "sequences"],
         deps=[dg.AssetKey([plan.name, "preference_pairs"])],

@@ -17,10 +17,10 @@ PARTS = ["rows", "pairs", "splits", "training", "noise", "finite"]
 
 def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
     """The table every analysis starts from."""
-    key = dg.AssetKey([plan.name, "implicit_rewards", name])
+    key = dg.AssetKey([plan.name, f"implicit_rewards_{name}"])
     objective = plan.objectives[name]
-    reference = dg.AssetKey([plan.name, "logprobs", objective.reference])
-    policy = dg.AssetKey([plan.name, "logprobs", name])
+    reference = dg.AssetKey([plan.name, f"logprobs_{objective.reference}"])
+    policy = dg.AssetKey([plan.name, f"logprobs_{name}"])
     lineage = {
         **{f"ref_{side}": reference for side in ("chosen", "rejected")},
         **{f"policy_{side}": policy for side in ("chosen", "rejected")},
@@ -31,7 +31,7 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
         deps=[
             dg.AssetKey([plan.name, "preference_pairs"]),
             dg.AssetKey([plan.name, "sequences"]),
-            dg.AssetKey([plan.name, "policies", name]),
+            dg.AssetKey([plan.name, f"policy_{name}"]),
             reference,
             policy,
         ],
@@ -70,13 +70,14 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
 
 def reward_report(plan: Plan, name: str) -> dg.AssetsDefinition:
     """The page a person reads, and its numbers as JSON and as metadata."""
+
     @dg.asset(
-        key=[plan.name, "reward_report", name],
+        key=[plan.name, f"reward_report_{name}"],
         deps=[
-            dg.AssetKey([plan.name, "implicit_rewards", name]),
+            dg.AssetKey([plan.name, f"implicit_rewards_{name}"]),
             dg.AssetKey([plan.name, "preference_pairs"]),
             dg.AssetKey([plan.name, "quarantined_rows"]),
-            dg.AssetKey([plan.name, "policies", name]),
+            dg.AssetKey([plan.name, f"policy_{name}"]),
         ],
         group_name=GROUP,
         kinds={"html", "json"},

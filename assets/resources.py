@@ -41,7 +41,7 @@ def tag_run(context: dg.AssetExecutionContext, plan_name: str, plan: Plan) -> No
     """Record on the run which plan it ran and what was overridden, the Launchpad's included."""
     resource: PlanResource = getattr(context.resources, resource_key(plan_name))
     tags = {"logratio/plan": plan.digest, "logratio/overrides": " ".join(resource.overrides)}
-    context.instance.add_run_tags(context.run_id, tags)
+    context.instance.add_run_tags(context.run.run_id, tags)
 
 
 def resource_key(plan_name: str) -> str:

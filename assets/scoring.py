@@ -15,10 +15,10 @@ MODEL_STEP = {"logratio/model": "true"}
 
 def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
     """The log-probs of every sequence under a model of the plan or an objective's policy."""
-    key = dg.AssetKey([plan.name, "logprobs", name])
+    key = dg.AssetKey([plan.name, f"logprobs_{name}"])
     deps = [dg.AssetKey([plan.name, "sequences"])]
     if name in plan.objectives:
-        deps.append(dg.AssetKey([plan.name, "policies", name]))
+        deps.append(dg.AssetKey([plan.name, f"policy_{name}"]))
 
     @dg.asset(
         key=key,

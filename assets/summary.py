@@ -15,14 +15,14 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
         rows = found.get((plan.name, "quarantined_rows"), {}).get("dagster/row_count", 0)
         lines.append(f"  pairs      {pairs['dagster/row_count']} valid, {rows} rows quarantined")
     for name in (*plan.models, *plan.objectives):
-        if data := found.get((plan.name, "logprobs", name)):
+        if data := found.get((plan.name, f"logprobs_{name}")):
             loaded = "model loaded" if data["model_loaded"] else "no model loaded"
             lines.append(
                 f"  scoring    {name}: {data['rows_scored']} rows scored, "
                 f"{data['rows_reused']} reused, {loaded}"
             )
     for name in plan.objectives:
-        if data := found.get((plan.name, "policies", name)):
+        if data := found.get((plan.name, f"policy_{name}")):
             lines.append(
                 f"  training   {name}: {data['steps']} steps, loss {data['first_loss']:.4f} -> "
                 f"{data['last_loss']:.4f}, accuracy at step 1 {data['first_accuracy']:g}"
@@ -36,7 +36,7 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
         if event.is_step_failure and event.step_failure_data.error:
             lines.append(f"  STEP FAILED   {event.step_key}: {_cause(event.step_failure_data)}")
     for name in plan.objectives:
-        if data := found.get((plan.name, "reward_report", name)):
+        if data := found.get((plan.name, f"reward_report_{name}")):
             lines += [f"  report     {data['report']}", f"  numbers    {data['json']}"]
     lines.append(f"  tables     {plan.store / plan.name}")
     return "\n".join(lines)

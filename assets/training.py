@@ -12,7 +12,7 @@ GROUP = "training"
 
 def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
     """The policy an objective trains, over the cached log-probs of its reference."""
-    key = dg.AssetKey([plan.name, "policies", name])
+    key = dg.AssetKey([plan.name, f"policy_{name}"])
     objective = plan.objectives[name]
     models = dict.fromkeys([objective.reference, objective.start])
 
@@ -21,7 +21,7 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
         deps=[
             dg.AssetKey([plan.name, "preference_pairs"]),
             dg.AssetKey([plan.name, "sequences"]),
-            *[dg.AssetKey([plan.name, "logprobs", model]) for model in models],
+            *[dg.AssetKey([plan.name, f"logprobs_{model}"]) for model in models],
         ],
         group_name=GROUP,
         kinds={"pytorch", "huggingface"},

@@ -36,8 +36,8 @@ def run(path: Path, instance: dg.DagsterInstance, **config: Any) -> dg.ExecuteIn
     )
 
 
-def metadata(result: dg.ExecuteInProcessResult, *key: str) -> dict[str, Any]:
-    (event,) = result.asset_materializations_for_node("__".join(("tiny", *key)))
+def metadata(result: dg.ExecuteInProcessResult, key: str) -> dict[str, Any]:
+    (event,) = result.asset_materializations_for_node(f"tiny__{key}")
     return {name: value.value for name, value in event.metadata.items()}
 
 
@@ -52,15 +52,15 @@ def test_the_demo_graph() -> None:
         "preference_pairs": ["raw_preferences"],
         "quarantined_rows": ["raw_preferences"],
         "sequences": ["preference_pairs"],
-        "logprobs/smollm2": ["sequences"],
-        "policies/dpo": ["logprobs/smollm2", "preference_pairs", "sequences"],
-        "logprobs/dpo": ["policies/dpo", "sequences"],
-        "implicit_rewards/dpo": [
-            *("logprobs/dpo", "logprobs/smollm2", "policies/dpo"),
+        "logprobs_smollm2": ["sequences"],
+        "policy_dpo": ["logprobs_smollm2", "preference_pairs", "sequences"],
+        "logprobs_dpo": ["policy_dpo", "sequences"],
+        "implicit_rewards_dpo": [
+            *("logprobs_dpo", "logprobs_smollm2", "policy_dpo"),
             *("preference_pairs", "sequences"),
         ],
-        "reward_report/dpo": [
-            *("implicit_rewards/dpo", "policies/dpo", "preference_pairs", "quarantined_rows"),
+        "reward_report_dpo": [
+            *("implicit_rewards_dpo", "policy_dpo", "preference_pairs", "quarantined_rows"),
         ],
     }
 
@@ -109,13 +109,13 @@ def test_one_job_from_pairs_to_report(write_plan: WritePlan, instance: dg.Dagste
         "training_starts_where_the_tables_say": True,
         "every_tokenised_pair_has_a_reward": True,
     }
-    assert metadata(result, "policies", "dpo")["first_accuracy"] == 0.5
-    assert metadata(result, "logprobs", "base")["rows_scored"] == 24
+    assert metadata(result, "policy_dpo")["first_accuracy"] == 0.5
+    assert metadata(result, "logprobs_base")["rows_scored"] == 24
     store = store_of(load_plan(path))
     rewards = read(store, "rewards/dpo")
     assert rewards.height == 12
     # The same numbers in the page's JSON, in Dagster, and in the table.
-    report = metadata(result, "reward_report", "dpo")
+    report = metadata(result, "reward_report_dpo")
     held_out = rewards.filter(pl.col("split") == "test")
     numbers = json.loads(Path(report["json"]).read_text())["splits"]["test"]
     assert report["splits/test/n"] == numbers["n"] == held_out.height > 0
@@ -143,10 +143,10 @@ def test_a_second_run_computes_nothing(
     again = run(path, instance)
     assert again.success
     for name in ("base", "dpo"):
-        scored = metadata(again, "logprobs", name)
+        scored = metadata(again, f"logprobs_{name}")
         assert (scored["rows_scored"], scored["rows_reused"]) == (0, 24)
         assert scored["model_loaded"] is False
-    assert metadata(again, "policies", "dpo")["trained"] is False
+    assert metadata(again, "policy_dpo")["trained"] is False
     assert [current_snapshot(store, name).digest for name in tables] == before
     assert current_snapshot(store, "reports/dpo", ".html").digest == page
 
@@ -161,7 +161,7 @@ def test_one_changed_row_scores_only_its_own_sequences(
     row = json.loads(lines[3])
     row["chosen"][0]["content"] = "another answer"
     pairs.write_text("\n".join([*lines[:3], json.dumps(row), *lines[4:]]))
-    assert metadata(run(path, instance), "logprobs", "base")["rows_scored"] == 1
+    assert metadata(run(path, instance), "logprobs_base")["rows_scored"] == 1
 
 
 def test_the_launchpad_overrides_any_value(
@@ -171,7 +171,7 @@ def test_the_launchpad_overrides_any_value(
     overrides = ["report.beta=0.5", "training.max_steps=1"]
     result = run(path, instance, overrides=overrides)
     assert result.success
-    assert metadata(result, "policies", "dpo")["steps"] == 1
+    assert metadata(result, "policy_dpo")["steps"] == 1
     rewards = read(store_of(load_plan(path)), "rewards/dpo")
     assert rewards["beta"].unique().to_list() == [0.5]
     tags = instance.get_run_by_id(result.run_id)
