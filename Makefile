@@ -57,5 +57,8 @@ lock: ## Resolve pyproject.toml anew into the two lock files
 	$(VENV)-lock/bin/pip freeze --all --exclude-editable | sed -E 's/\+cpu$$//; /^pip==/d' | LC_ALL=C sort -f | LC_ALL=C grep -vxFf requirements.lock > requirements-dev.lock
 	rm -rf $(VENV)-lock
 
+screenshots: setup-dev ## The README's pictures, from the demo's run; needs Chromium
+	$(BIN)/python tests/browser.py plans/demo.yaml docs/images
+
 system-deps: ## Debian packages of `make test-all`
 	apt-get update -qq && apt-get install -y -qq chromium

@@ -106,7 +106,11 @@ def _files(name: str, config: SourceConfig) -> list[tuple[str, Path]]:
     found = sorted(p for p in config.path.rglob("*") if p.name.endswith(_SUFFIXES) and p.is_file())
     if not found:
         raise SourceError(f"source '{name}': {config.path}: no file ends in {', '.join(_SUFFIXES)}")
-    return [(str(path.relative_to(config.path)), path) for path in found]
+    files = [(str(path.relative_to(config.path)), path) for path in found]
+    for file, _ in files:
+        if file.encode(errors="replace").decode() != file:
+            raise SourceError(f"source '{name}': {config.path}: {file!a}: its name is not UTF-8")
+    return files
 
 
 def _chunks(name: str, config: SourceConfig) -> Iterator[list[tuple[str, RawRow]]]:

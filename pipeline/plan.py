@@ -196,8 +196,9 @@ class Plan(_Section):
 
     @property
     def digest(self) -> str:
-        """An id of everything the plan says; paths count as written, so a moved plan keeps it."""
-        return content_id("plan", _as_written(self.model_dump(mode="json"), self._written))
+        """An id of everything the plan says but its store; paths count as written."""
+        said = self.model_dump(mode="json", exclude={"store"})
+        return content_id("plan", _as_written(said, self._written))
 
 
 def load_plan(

@@ -111,9 +111,11 @@ def current_snapshot(store: Store, name: str, suffix: str = ".parquet") -> Snaps
     """The current snapshot of a table or file, without reading it.
 
     Raises:
-        StoreError: nothing was published under that name.
+        StoreError: nothing was published under that name, or the snapshot is gone.
     """
     pointer = store.current(name, suffix)
+    if pointer.is_symlink() and not pointer.exists():
+        raise StoreError(f"{pointer.resolve()}: is the current snapshot of '{name}' and is missing")
     if not pointer.exists():
         raise StoreError(f"{pointer}: nothing has been published under '{name}' yet")
     path = pointer.resolve()
@@ -169,15 +171,15 @@ def verify(path: Path, digest: str, n_bytes: int | None = None) -> None:
     """
     try:
         stat = path.stat()
+        key = (digest, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if key in _verified:
+            return
+        if n_bytes is not None and stat.st_size != n_bytes:
+            raise StoreError(f"{path}: damaged: {stat.st_size} bytes instead of {n_bytes}")
+        if file_digest(path) != digest:
+            raise StoreError(f"{path}: damaged: its bytes do not have the hash {digest}")
     except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
-    key = (digest, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    if key in _verified:
-        return
-    if n_bytes is not None and stat.st_size != n_bytes:
-        raise StoreError(f"{path}: damaged: {stat.st_size} bytes instead of {n_bytes}")
-    if file_digest(path) != digest:
-        raise StoreError(f"{path}: damaged: its bytes do not have the hash {digest}")
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from error
     _verified.add(key)
 
 

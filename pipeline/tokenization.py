@@ -6,6 +6,7 @@ share exactly one prompt, and no token straddles the boundary.
 """
 
 import datetime
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pipeline.plan import TokenizationConfig
 from schemas import PairSequence, Sequence, UntokenizedPair, polars_schema
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
@@ -74,8 +76,16 @@ class Encoder:
                 "the chat template shows today's date, so ids would change over night; "
                 "set tokenization.pinned_date (YYYY-MM-DD)"
             )
+        from tokenizers import Tokenizer
+
         self.tokenizer = tokenizer
         self.config = config
+        self._definition = _definition(tokenizer)
+        # Copies, since the tokeniser's own backend may truncate or pad, as it was last used or
+        # saved. The second knows no added token, and so takes their strings for text.
+        self._tokens = Tokenizer.from_str(self._definition)
+        nothing_added = {**json.loads(self._definition), "added_tokens": []}
+        self._text = Tokenizer.from_str(json.dumps(nothing_added))
         self._controls = control_strings(tokenizer)
         self._variables: dict[str, Any] = {}
         if config.pinned_date is not None:
@@ -88,8 +98,10 @@ class Encoder:
 
     def identity(self) -> pl.DataFrame:
         """The one-row `tokenizations` table."""
+        # A template can write the special tokens, and the eos tail does.
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         fields = {
-            "tokenizer": content_id("tokenizer", self.tokenizer.backend_tokenizer.to_str()),
+            "tokenizer": content_id("tokenizer", self._definition, special),
             "chat_template": self.tokenizer.chat_template,
             **self.config.model_dump(),
             "version": VERSION,
@@ -109,13 +121,15 @@ class Encoder:
         """Apply the chat template; under `literal`, tell its control strings from the text's own.
 
         Raises:
-            PairError: `template_failed`, with the template's own message.
+            PairError: `template_failed`, with the template's own message; `no_guard_character`.
         """
         literal = self.config.control_tokens == "literal" and self.count_controls(messages) > 0
         guard = ""
         if literal:
             said = "".join(message["content"] for message in messages)
-            guard = next(character for character in _GUARDS if character not in said)
+            guard = next((character for character in _GUARDS if character not in said), "")
+            if not guard:
+                raise PairError("no_guard_character", "the text has every private-use character")
             messages = [
                 {**m, "content": self._controls.sub(lambda c: guard.join(_halves(c)), m["content"])}
                 for m in messages
@@ -145,7 +159,7 @@ class Encoder:
         """The ids of a rendered text from character `start` on, int32 [n]; adds no token."""
         text = rendered.text[start:]
         if not rendered.controls:
-            return self._ids(text)
+            return _ids(self._tokens, text)
         # Only the template's own control strings become control ids; the rest is plain text.
         edges = [0]
         for left, right in rendered.controls:
@@ -153,21 +167,12 @@ class Encoder:
                 edges += [left - start, right - start]
         edges.append(len(text))
         own = {left - start for left, _ in rendered.controls}
-        backend = self.tokenizer.backend_tokenizer
-        parts = []
-        for left, right in pairwise(edges):
-            if left == right:
-                continue
-            backend.encode_special_tokens = left not in own
-            try:
-                parts.append(self._ids(text[left:right]))
-            finally:
-                backend.encode_special_tokens = False
+        parts = [
+            _ids(self._tokens if left in own else self._text, text[left:right])
+            for left, right in pairwise(edges)
+            if left < right
+        ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
-
-    def _ids(self, text: str) -> np.ndarray:
-        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(encoding.ids, dtype=np.int32)
 
     def with_tail(self, completion: np.ndarray) -> np.ndarray:
         """Under `eos`, end the completion with exactly one end-of-sequence id."""
@@ -326,4 +331,11 @@ def _by_id(tokenizer: "PreTrainedTokenizerFast") -> dict[int, str]:
 
 
 def _definition(tokenizer: "PreTrainedTokenizerFast") -> str:
-    return str(tokenizer.backend_tokenizer.to_str())
+    """What a tokeniser does to a text, as JSON, without how it truncates and pads batches."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({**definition, "truncation": None, "padding": None}, sort_keys=True)
+
+
+def _ids(tokenizer: "Tokenizer", text: str) -> np.ndarray:
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    return np.asarray(encoding.ids, dtype=np.int32)

@@ -84,7 +84,7 @@ def merge_pairs(candidates: pl.DataFrame, split: SplitConfig) -> pl.DataFrame:
             pl.col("prompt_id", "prompt", "chosen", "rejected", "flags", "meta").first(),
             pl.col("file", "row", "byte_offset").first(),
             sources=pl.col("source").unique().sort(),
-            strength=pl.col("strength").mean(),
+            strength=pl.col("strength").sort().mean(),  # sorted: a sum depends on its order
             votes=pl.len().cast(pl.Int64),
         )
     )

@@ -9,7 +9,9 @@ class Tokenization(Table):
     """One row is a way of turning messages into token ids; every field is part of its id."""
 
     tokenization_id: str = pa.Field(unique=True, str_matches=ID)
-    tokenizer: str = pa.Field(str_matches=ID, description="Digest of the tokeniser's definition.")
+    tokenizer: str = pa.Field(
+        str_matches=ID, description="Digest of the tokeniser's definition and special tokens."
+    )
     chat_template: str = pa.Field(description="The Jinja source of the chat template.")
     max_length: int = pa.Field(ge=2, description="Most tokens of prompt and completion together.")
     over_long: str = pa.Field(isin=["quarantine", "keep_start"])

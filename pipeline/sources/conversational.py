@@ -16,7 +16,7 @@ def read_conversational(row: dict[str, object]) -> list[Unit]:
 
     Raises:
         RowError: `missing_field`, `wrong_type`, `unsupported_content`, `no_reply`,
-            `prompts_differ`.
+            `prompts_differ`, `strength_not_finite`.
     """
     for field in ("chosen", "rejected"):
         if row.get(field) is None:
@@ -29,7 +29,10 @@ def read_conversational(row: dict[str, object]) -> list[Unit]:
     if strength is not None and type(strength) not in (int, float):  # a bool is an int to Python
         raise RowError("wrong_type", f"'strength' is a {type(strength).__name__}, not a number")
     meta = {key: value for key, value in row.items() if key not in _FIELDS}
-    strength = None if strength is None else float(strength)  # type: ignore[arg-type]
+    try:
+        strength = None if strength is None else float(strength)  # type: ignore[arg-type]
+    except OverflowError:
+        raise RowError("strength_not_finite", "'strength' is beyond float64") from None
     return [Unit(prompt, chosen, rejected, strength, meta)]
 
 

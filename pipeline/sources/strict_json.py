@@ -2,9 +2,19 @@
 
 import json
 import math
+import re
+from collections import Counter
+from itertools import accumulate
 from typing import NoReturn
 
 from pipeline.sources.base import RowError
+
+MAX_DEPTH = 100
+"""Brackets within brackets. A number of our own: Python's parser follows for as long as its stack
+has room, so the same row would pass or fail by where we are called from."""
+
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def parse_object(data: bytes) -> dict[str, object]:
@@ -18,6 +28,8 @@ def parse_object(data: bytes) -> dict[str, object]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RowError("invalid_utf8", f"byte {error.start} of the row: {error.reason}") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+        raise RowError("too_deep", f"more than {MAX_DEPTH} brackets within one another")
     try:
         value = json.loads(
             text,
@@ -25,8 +37,6 @@ def parse_object(data: bytes) -> dict[str, object]:
             parse_constant=_no_constant,
             parse_float=_finite,
         )
-    except RecursionError:
-        raise RowError("too_deep", "nested deeper than the parser follows") from None
     except ValueError as error:
         raise RowError("invalid_json", str(error)) from None
     if not isinstance(value, dict):
@@ -39,12 +49,19 @@ def parse_object(data: bytes) -> dict[str, object]:
     return value
 
 
+def _depth(text: str) -> int:
+    """The deepest nesting of brackets outside strings."""
+    return max(accumulate(_STEP.get(c, 0) for c in _STRING.sub("", text)), default=0)
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError("duplicate_key", f"key '{twice[:80]}' stands twice in one object")
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        # The detail goes into a table, and the key may hold half of a surrogate pair.
+        shown = twice[:80].encode(errors="backslashreplace").decode()
+        raise RowError("duplicate_key", f"key '{shown}' stands twice in one object")
     return result
 
 
