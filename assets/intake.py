@@ -11,9 +11,9 @@ from assets.resources import opened, resource_key, tag_run
 from pipeline import stages
 from pipeline.errors import SourceError
 from pipeline.intake import run_intake, sources_digest
+from pipeline.intake.validate import prompts_in_two_splits
 from pipeline.plan import Plan
 from pipeline.store import read
-from pipeline.validate import prompts_in_two_splits
 from schemas import PreferencePair, QuarantinedRow, Sequence
 
 GROUP = "intake"

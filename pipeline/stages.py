@@ -137,8 +137,8 @@ def scored_rows(store: Store, key: ScorerKey) -> ScoredRows:
 def train(plan: Plan, store: Store, name: str) -> PolicyResult:
     """Train the policy of an objective, or find it trained; publish its training steps."""
     objective = plan.objectives[name]
-    reference, _ = _key(plan, store, objective.reference)
-    start, checkpoint = _key(plan, store, objective.start)
+    reference, _ = key_of(plan, store, objective.reference)
+    start, checkpoint = key_of(plan, store, objective.start)
     pairs = training_pairs(
         read(store, "pairs"),
         read(store, "pair_sequences"),
@@ -167,8 +167,8 @@ def train(plan: Plan, store: Store, name: str) -> PolicyResult:
 def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
     """The implicit rewards of an objective's policy against its reference."""
     objective = plan.objectives[name]
-    reference, _ = _key(plan, store, objective.reference)
-    policy, _ = _key(plan, store, name)
+    reference, _ = key_of(plan, store, objective.reference)
+    policy, _ = key_of(plan, store, name)
     spec = losses.REGISTRY[objective.loss]
     table = reward_table(
         read(store, "pairs"),
@@ -192,8 +192,8 @@ def n_tokenized(store: Store) -> int:
 def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
     """The report of an objective's policy, as HTML and JSON."""
     objective = plan.objectives[name]
-    reference, _ = _key(plan, store, objective.reference)
-    policy, _ = _key(plan, store, name)
+    reference, _ = key_of(plan, store, objective.reference)
+    policy, _ = key_of(plan, store, name)
     pairs, rewards = read(store, "pairs"), read(store, f"rewards/{name}")
     spec = losses.REGISTRY[objective.loss]
     identities = {
@@ -253,7 +253,8 @@ def _scored_by(plan: Plan, store: Store, name: str) -> tuple[ModelConfig, Checkp
     return config, Checkpoint(resolve(config, store).path, directory)
 
 
-def _key(plan: Plan, store: Store, name: str) -> tuple[ScorerKey, Checkpoint]:
+def key_of(plan: Plan, store: Store, name: str) -> tuple[ScorerKey, Checkpoint]:
+    """Who scores under a name: a model, or an objective's policy; and its checkpoint."""
     config, checkpoint = _scored_by(plan, store, name)
     return scorer_key(store, config, checkpoint), checkpoint
 

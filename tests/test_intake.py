@@ -14,11 +14,11 @@ import pytest
 
 from pipeline import intake
 from pipeline.errors import SourceError
-from pipeline.intake import IntakeResult, run_intake, sources_digest
+from pipeline.intake import IntakeResult, run, run_intake, sources_digest
+from pipeline.intake.validate import prompts_in_two_splits, row_law, split_of
 from pipeline.plan import Plan
 from pipeline.sources import RowError
 from pipeline.store import Store, read
-from pipeline.validate import prompts_in_two_splits, row_law, split_of
 
 Row = dict[str, Any]
 
@@ -202,13 +202,13 @@ def test_a_reader_that_loses_rows_breaks_the_law(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.write("s.jsonl", lines(*GOOD))
-    whole = intake._read_chunk
+    whole = run._read_chunk
 
     def lossy(*arguments: Any) -> Any:
         rows, units, broken = whole(*arguments)
         return rows[:-1], units[:-1], broken
 
-    monkeypatch.setattr(intake, "_read_chunk", lossy)
+    monkeypatch.setattr(run, "_read_chunk", lossy)
     assert desk.run("s").law.rows() == [("s", 5, 4, 0, 0, False)]
 
 
@@ -216,7 +216,7 @@ def test_chunks_leave_no_seam(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> No
     desk.write("s/a.jsonl", lines(*GOOD, b"bad", GOOD[0], *GOOD))
     desk.write("s/b.jsonl", lines(b"bad", *GOOD[:2], row("new", "a", "b")))
     whole = desk.run("s")
-    monkeypatch.setattr(intake, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(run, "_CHUNK_ROWS", 2)
     again = desk.run("s")
     assert [t.digest for t in (again.pairs, again.rows, again.quarantine)] == [
         t.digest for t in (whole.pairs, whole.rows, whole.quarantine)

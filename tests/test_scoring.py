@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -58,7 +59,7 @@ def oracle_differences(checkpoint: Checkpoint, store: Store, n: int, batch_token
     scored = dict(read_logprobs(key).select("sequence_id", "logprob").iter_rows())
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float64)
     rows = list(sequences.iter_rows(named=True))
-    largest = max(abs(scored[r["sequence_id"]] - float64_logprob(model, r)) for r in rows)
+    largest: float = max(abs(scored[r["sequence_id"]] - float64_logprob(model, r)) for r in rows)
     untrained = AutoModelForCausalLM.from_config(model.config).to(torch.float64)
     control = min(abs(scored[r["sequence_id"]] - float64_logprob(untrained, r)) for r in rows[:1])
     print(f"\n{n} sequences: at most {largest:.2e} nats apart; untrained control {control:.1f}")
@@ -160,7 +161,9 @@ def test_every_numerics_field_alone_scores_everything_again(
     config, checkpoint = ModelConfig(checkpoint=str(tiny_model)), Checkpoint(tiny_model)
     key = scorer_key(store, config, checkpoint)
     value = asdict(key.numerics)[field]
-    other = not value if isinstance(value, bool) else value + (1 if isinstance(value, int) else "x")
+    other: Any = value + (1 if isinstance(value, int) else "x")
+    if field == "batch_invariant":
+        other = not value
     if field == "adapter_mode":
         other = "merged"
     changed = replace(key, numerics=replace(key.numerics, **{field: other}))

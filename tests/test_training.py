@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import TrainingError
 from pipeline.intake import run_intake
-from pipeline.models import Checkpoint
+from pipeline.models import Checkpoint, load_model
 from pipeline.plan import Plan, TrainingConfig, load_plan
 from pipeline.scoring.engine import Completion
 from pipeline.scoring.ledger import read_logprobs
-from pipeline.stages import score, store_of, tokenize, train
+from pipeline.stages import compute_rewards, key_of, score, store_of, tokenize, train
 from pipeline.store import Store, read
 from pipeline.training.batches import TrainingPair, schedule_of, training_pairs, values_digest
 from pipeline.training.loop import _backward, _with_adapter
@@ -59,8 +59,6 @@ def test_the_policys_own_scores_agree_with_the_training_log(write_plan: WritePla
     )
     train(plan, store, "dpo")
     score(plan, store, "dpo")
-    from pipeline.stages import compute_rewards
-
     compute_rewards(plan, store, "dpo")
     rewards = read(store, "rewards/dpo").filter(pl.col("split") == "train")
     two = load_plan(Path(write_plan()), [
@@ -119,11 +117,13 @@ def written_out(model: torch.nn.Module, pair: TrainingPair, beta: float) -> torc
 
 
 def pairs_of(plan: Plan, store: Store) -> list[TrainingPair]:
-    from pipeline.stages import _key
-
-    reference, _ = _key(plan, store, "base")
-    tables = [read(store, name) for name in ("pairs", "pair_sequences", "sequences")]
-    return training_pairs(*tables, read_logprobs(reference))
+    reference, _ = key_of(plan, store, "base")
+    return training_pairs(
+        read(store, "pairs"),
+        read(store, "pair_sequences"),
+        read(store, "sequences"),
+        read_logprobs(reference),
+    )
 
 
 def test_only_the_train_split_is_trained_on(write_plan: WritePlan) -> None:
@@ -200,9 +200,7 @@ def test_the_policy_is_in_hugging_face_form(write_plan: WritePlan) -> None:
     record = json.loads((result.directory / "policy.json").read_text())
     assert record["policy_id"] == result.policy_id
     score(plan, store, "dpo")
-    from pipeline.stages import _key
-
-    key, _ = _key(plan, store, "dpo")
+    key, _ = key_of(plan, store, "dpo")
     scored = dict(read_logprobs(key).select("sequence_id", "logprob").iter_rows())
     model = AutoPeftModelForCausalLM.from_pretrained(result.directory).double()
     base = AutoModelForCausalLM.from_pretrained(plan.models["base"].checkpoint).double()
@@ -234,10 +232,9 @@ def test_a_start_that_is_not_what_the_tables_say_stops_at_step_1(
 ) -> None:
     plan, store = prepared(write_plan())
     other = Checkpoint(build_tiny_model(tmp_path / "other", seed=5))
-    from pipeline.training import loop
-
-    load = loop.load_model
-    monkeypatch.setattr(loop, "load_model", lambda _, **k: load(other, **k))
+    monkeypatch.setattr(
+        "pipeline.training.loop.load_model", lambda _, **numerics: load_model(other, **numerics)
+    )
     with pytest.raises(TrainingError, match=r"step 1: .* differ from the start model's"):
         train(plan, store, "dpo")
     assert not list(store.policies.glob("[!.]*")), "nothing half-trained is left"

@@ -10,10 +10,16 @@ import polars as pl
 
 from pipeline.errors import SourceError
 from pipeline.ids import content_id
+from pipeline.intake.validate import (
+    CANDIDATE_SCHEMA,
+    apply_contract,
+    merge_pairs,
+    row_fates,
+    row_law,
+)
 from pipeline.plan import Plan, SourceConfig
 from pipeline.sources import READERS, RawRow, RowError, Unit, frame_rows, parse_object
 from pipeline.store import Store, TableSnapshot, file_digest, publish
-from pipeline.validate import CANDIDATE_SCHEMA, apply_contract, merge_pairs, row_fates, row_law
 from schemas import InputRow, PreferencePair, QuarantinedRow, polars_schema
 
 RAW_CAP = 2000

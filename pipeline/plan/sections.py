@@ -1,0 +1,207 @@
+"""What a plan may say: its sections, their defaults and their limits."""
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from pipeline import losses
+from pipeline.ids import content_id
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+"""A name is a path and a Dagster key at once: lower-case letters, digits and underscores."""
+
+NAME_RULE = (
+    "a name is lower-case letters, digits and underscores, begins with a letter "
+    "and is at most 64 long"
+)
+_TAKEN = ("dagster", "ledger", "models", "policies")
+"""What stands in the store beside the plans' own folders (`pipeline.store.Store`)."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SourceConfig(_Section):
+    """Where preference data is and what shape it has."""
+
+    path: Path
+    shape: Literal["conversational", "hh"]
+
+
+class TokenizationConfig(_Section):
+    """How messages become token ids; every field is part of the tokenisation's id."""
+
+    max_length: int = Field(default=2048, ge=2)
+    over_long: Literal["quarantine", "keep_start"] = "quarantine"
+    completion_tail: Literal["template", "eos"] = "template"
+    control_tokens: Literal["literal", "allow", "reject"] = "literal"
+    pinned_date: str | None = None
+
+    @field_validator("pinned_date", mode="before")
+    @classmethod
+    def _pinned_date_is_a_date(cls, value: object) -> object:
+        if isinstance(value, datetime.date):  # YAML's reading of an unquoted date
+            return value.isoformat()[:10]
+        if isinstance(value, str):
+            try:
+                if datetime.date.fromisoformat(value).isoformat() == value:
+                    return value
+            except ValueError:
+                pass
+            raise ValueError(f"'{value}' is not a date, YYYY-MM-DD")
+        return value
+
+
+class SplitConfig(_Section):
+    """The held-out share of prompts. Another salt is another split."""
+
+    test_share: float = Field(default=0.2, ge=0, lt=1)
+    salt: str = Field(default="logratio", min_length=1, max_length=64)
+
+
+class ModelConfig(_Section):
+    """A checkpoint (directory, hub id or `packaged:smollm2-135m-instruct`) and its numerics."""
+
+    checkpoint: str = Field(min_length=1)
+    adapter: Path | None = None
+    engine: Literal["torch"] = "torch"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+
+class ObjectiveConfig(_Section):
+    """A loss with its values, the reference it is measured against and the model it starts from."""
+
+    loss: str
+    beta: float = Field(default=0.1, gt=0)
+    reference: Name
+    start: Name
+
+    @field_validator("loss")
+    @classmethod
+    def _loss_is_known(cls, loss: str) -> str:
+        if loss not in losses.REGISTRY:
+            raise ValueError(f"'{loss}' is not one of {', '.join(losses.REGISTRY)}")
+        return loss
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    target_modules: str | list[str] = "all-linear"
+
+
+class TrainingConfig(_Section):
+    """Optimiser and schedule, shared by all objectives."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1, description="Ends training earlier.")
+    batch_pairs: int = Field(default=8, ge=1, description="Pairs per optimiser step.")
+    learning_rate: float = Field(default=5e-5, gt=0)
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup_share: float = Field(default=0.1, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    seed: int = Field(default=0, ge=0)
+    lora: LoraConfig = LoraConfig()
+
+
+class ScoringConfig(_Section):
+    """How scoring is cut up and checked. Nothing here changes an id."""
+
+    commit_rows: int = Field(default=64, ge=1, description="Sequences per committed part.")
+    batch_tokens: int = Field(
+        default=0, ge=0, description="Tokens per forward pass; 0: one sequence (a CPU's best)."
+    )
+    null_test: Literal["when_scored", "always"] = "when_scored"
+    null_test_rows: int = Field(default=8, ge=1)
+    null_test_tolerance: float = Field(default=1e-3, gt=0, description="Nats per sequence.")
+
+
+class ReportConfig(_Section):
+    """What the report applies to every policy alike."""
+
+    beta: float = Field(default=0.1, gt=0)
+
+
+class Plan(_Section):
+    """A whole plan; see `plans/` for commented ones."""
+
+    name: Name
+    store: Path = Path("../store")
+    sources: dict[Name, SourceConfig] = Field(min_length=1)
+    evaluation: dict[Name, SourceConfig] = {}
+    limit_pairs: int | None = Field(
+        default=None, ge=1, description="Go on with this many pairs, chosen by their ids' hash."
+    )
+    split: SplitConfig = SplitConfig()
+    tokenization: TokenizationConfig = TokenizationConfig()
+    models: dict[Name, ModelConfig] = Field(min_length=1)
+    objectives: dict[Name, ObjectiveConfig] = {}
+    training: TrainingConfig = TrainingConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    report: ReportConfig = ReportConfig()
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
+    """Paths after `load_plan` has resolved them, and as the plan writes them."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str) -> str:
+        if name in _TAKEN:
+            raise ValueError(f"'{name}' is taken in every store, as are {', '.join(_TAKEN)}")
+        return name
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "Plan":
+        for name, objective in self.objectives.items():
+            for field in ("reference", "start"):
+                named = getattr(objective, field)
+                if named not in self.models:
+                    raise _fault(
+                        f"objectives.{name}.{field}",
+                        f"'{named}' is not one of the models: {', '.join(self.models)}",
+                    )
+        for section, what, left, right in (
+            ("objectives", "a model and an objective", self.models, self.objectives),
+            ("evaluation", "a source and an evaluation source", self.sources, self.evaluation),
+        ):
+            if both := sorted(set(left) & set(right)):
+                raise _fault(f"{section}.{both[0]}", f"names {what}; names must differ")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """An id of everything the plan says but its store; paths count as written."""
+        said = self.model_dump(mode="json", exclude={"store"})
+        return content_id("plan", _as_written(said, self._written))
+
+
+def _fault(key: str, message: str) -> PydanticCustomError:
+    """An error about a key below the section that finds it."""
+    return PydanticCustomError("fault", "{message}", {"key": key, "message": message})
+
+
+def _as_written(value: Any, written: Mapping[str, str]) -> Any:
+    match value:
+        case dict():
+            return {key: _as_written(item, written) for key, item in value.items()}
+        case list():
+            return [_as_written(item, written) for item in value]
+        case str():
+            return written.get(value, value)
+    return value
