@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from pipeline.plan import Plan, load_plan
+from pipeline.plan import Plan, environment_overrides, load_plan
 from pipeline.stages import store_of
 from pipeline.store import Store
 
@@ -40,7 +40,8 @@ def opened(context: dg.AssetExecutionContext, plan_name: str) -> tuple[Plan, Sto
 def tag_run(context: dg.AssetExecutionContext, plan_name: str, plan: Plan) -> None:
     """Record on the run which plan it ran and what was overridden, the Launchpad's included."""
     resource: PlanResource = getattr(context.resources, resource_key(plan_name))
-    tags = {"logratio/plan": plan.digest, "logratio/overrides": " ".join(resource.overrides)}
+    overrides = " ".join([*environment_overrides(), *resource.overrides])
+    tags = {"logratio/plan": plan.digest, "logratio/overrides": overrides}
     context.instance.add_run_tags(context.run.run_id, tags)
 
 

@@ -37,6 +37,7 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
             lines.append(f"  STEP FAILED   {event.step_key}: {_cause(event.step_failure_data)}")
     for name in plan.objectives:
         if data := found.get((plan.name, f"reward_report_{name}")):
+            lines += _accuracy(name, data)
             lines += [f"  report     {data['report']}", f"  numbers    {data['json']}"]
     lines.append(f"  tables     {plan.store / plan.name}")
     return "\n".join(lines)
@@ -51,6 +52,18 @@ def _metadata(result: dg.JobExecutionResult) -> dict[tuple[str, ...], dict[str, 
             values = {key: value.value for key, value in entry.metadata.items()}
             found[tuple(entry.asset_key.path)] = values
     return found
+
+
+def _accuracy(name: str, report: dict[str, Any]) -> list[str]:
+    """The held-out accuracy with its interval; nothing where no pair was held out."""
+    if not report.get("splits/test/n"):
+        return []
+    mean, low, high = (report[f"splits/test/accuracy{part}"] for part in ("", "_low", "_high"))
+    n = report["splits/test/n"]
+    return [
+        f"  accuracy   {name}: {mean:.3f} on {n} held-out pairs, "
+        f"95 % interval {low:.3f} to {high:.3f}"
+    ]
 
 
 def _cause(failure: Any) -> str:  # dagster's own type is not public

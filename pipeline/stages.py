@@ -156,7 +156,7 @@ def train(plan: Plan, store: Store, name: str) -> PolicyResult:
         reference,
         pairs,
         read_logprobs(start),
-        plan.scoring.null_test_tolerance,
+        plan.scoring.tolerance(plan.models[objective.start].dtype),
     )
     publish(store, f"training_steps/{name}", result.steps, TrainingStep)
     pointer = json.dumps({"policy_id": result.policy_id}).encode()

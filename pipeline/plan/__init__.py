@@ -1,6 +1,6 @@
 """The plan: one YAML file that says what to read, score, train and report."""
 
-from pipeline.plan.load import load_plan
+from pipeline.plan.load import environment_overrides, load_plan
 from pipeline.plan.sections import (
     LoraConfig,
     ModelConfig,
@@ -25,5 +25,6 @@ __all__ = [
     "SplitConfig",
     "TokenizationConfig",
     "TrainingConfig",
+    "environment_overrides",
     "load_plan",
 ]

@@ -37,11 +37,9 @@ def load_plan(
     values = _read_yaml(path)
     origins: dict[str, str] = {}
     environment = os.environ if environment is None else environment
-    for variable in sorted(environment):
-        if variable.startswith(ENVIRONMENT_PREFIX):
-            key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-            origin = f"environment variable {variable}"
-            _override(values, key, environment[variable], origin, origins)
+    for variable, key in _overriding(environment).items():
+        origin = f"environment variable {variable}"
+        _override(values, key, environment[variable], origin, origins)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -52,6 +50,20 @@ def load_plan(
     except ValidationError as error:
         raise PlanError(explain(error, path, origins)) from None
     return _resolve_paths(plan, path.resolve().parent)
+
+
+def environment_overrides() -> list[str]:
+    """What the process's environment changes in a plan, as `a.b=value` each, for the record."""
+    return [f"{key}={os.environ[variable]}" for variable, key in _overriding(os.environ).items()]
+
+
+def _overriding(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that override something, in order, and the key each overrides."""
+    return {
+        variable: variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+        for variable in sorted(environment)
+        if variable.startswith(ENVIRONMENT_PREFIX)
+    }
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -130,7 +130,18 @@ class ScoringConfig(_Section):
     )
     null_test: Literal["when_scored", "always"] = "when_scored"
     null_test_rows: int = Field(default=8, ge=1)
-    null_test_tolerance: float = Field(default=1e-3, gt=0, description="Nats per sequence.")
+    null_test_tolerance: float | None = Field(
+        default=None, gt=0, description="Nats per sequence; by dtype where null."
+    )
+
+    def tolerance(self, dtype: str) -> float:
+        """What two scores of one sequence may differ by, nats.
+
+        Half precision leaves some 0.03 nats per token, so about 0.7 on a reply of 500 tokens.
+        """
+        if self.null_test_tolerance is not None:
+            return self.null_test_tolerance
+        return 1e-3 if dtype == "float32" else 1.0
 
 
 class ReportConfig(_Section):

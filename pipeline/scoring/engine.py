@@ -68,6 +68,11 @@ class Group:
     prompt_ids: np.ndarray
     completions: tuple[Completion, ...]
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all its sequences, the prompt counted with each."""
+        return sum(len(self.prompt_ids) + len(c.ids) for c in self.completions)
+
 
 class Engine(Protocol):
     """Computes log-probs. An engine owns a loaded model and is closed by whoever opened it."""

@@ -44,7 +44,11 @@ class NullTest:
 
 
 def null_test(
-    engine: Engine, ledger: pl.DataFrame, sequences: pl.DataFrame, settings: ScoringConfig
+    engine: Engine,
+    ledger: pl.DataFrame,
+    sequences: pl.DataFrame,
+    settings: ScoringConfig,
+    tolerance: float,
 ) -> NullTest:
     """Re-score a sample of `sequences` that the ledger already holds.
 
@@ -68,7 +72,7 @@ def null_test(
         repeat=_largest(first, again),
         noise_floor=_largest(first, other),
         ledger=_largest(first, {i: held[i] for i in sample}),
-        tolerance=settings.null_test_tolerance,
+        tolerance=tolerance,
     )
 
 

@@ -79,7 +79,8 @@ def score_sequences(
         with closing(open_engine(config, checkpoint)) as engine:
             if missing.height:
                 n_tokens, rate = _score_missing(name, key, checkpoint, engine, missing, settings)
-            outcome = null_test(engine, read_logprobs(key), sequences, settings)
+            tolerance = settings.tolerance(config.dtype)
+            outcome = null_test(engine, read_logprobs(key), sequences, settings, tolerance)
             record_trust(key, outcome.to_dict())
     else:
         outcome = NullTest(**recorded)
@@ -111,32 +112,35 @@ def _score_missing(
         "host": platform.node(),
     }
     with progress(f"score {name}", missing.height) as bar:
-        for part in _parts(groups_of(missing), settings.commit_rows):
+        parts = _parts(groups_of(missing), lambda g: len(g.completions), settings.commit_rows)
+        for part in parts:
             rows = []
-            # Group by group, so that the bar moves while a part is being filled.
-            for group in part:
-                (scored,) = engine.score([group], settings.batch_tokens)
-                for completion, logprobs in zip(group.completions, scored, strict=True):
-                    check_logprobs(completion, logprobs)
-                    rows.append((completion.sequence_id, logprobs))
-                bar.advance(
-                    len(group.completions),
-                    sum(len(group.prompt_ids) + len(c.ids) for c in group.completions),
-                )
+            # A few groups at a time, so that the bar moves while a part is being filled.
+            for groups in _parts(part, lambda group: group.n_tokens, settings.batch_tokens):
+                for group, scored in zip(
+                    groups, engine.score(groups, settings.batch_tokens), strict=True
+                ):
+                    for completion, logprobs in zip(group.completions, scored, strict=True):
+                        check_logprobs(completion, logprobs)
+                        rows.append((completion.sequence_id, logprobs))
+                    bar.advance(len(group.completions), group.n_tokens)
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             append(key, *_frames(key, rows), {**provenance, "created_at": now})
         return bar.n_tokens, bar.tokens_per_second
 
 
-def _parts(groups: Sequence[Group], commit_rows: int) -> Iterator[list[Group]]:
+def _parts(
+    groups: Sequence[Group], size: Callable[[Group], int], enough: int
+) -> Iterator[list[Group]]:
+    """Cut groups into runs, each ending as soon as its sizes add up to `enough`."""
     part: list[Group] = []
-    n_rows = 0
+    total = 0
     for group in groups:
         part.append(group)
-        n_rows += len(group.completions)
-        if n_rows >= commit_rows:
+        total += size(group)
+        if total >= enough:
             yield part
-            part, n_rows = [], 0
+            part, total = [], 0
     if part:
         yield part
 
