@@ -1,4 +1,4 @@
-"""Fixtures: stores, a tiny random model, the packaged model, plans over them."""
+"""Fixtures: stores, a tiny random model and its tokeniser, the packaged model, plans over them."""
 
 import json
 import os
@@ -15,7 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from desk import Desk
 from support import PROJECT, FakeEngine, build_tiny_model
+from tokens import load
 
 from pipeline.models import Checkpoint, resolve
 from pipeline.plan import ModelConfig
@@ -42,6 +44,16 @@ def packaged_model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     if not made.models.exists():
         made = Store(tmp_path_factory.mktemp("packaged"), "test")
     return resolve(ModelConfig(checkpoint="packaged:smollm2-135m-instruct"), made)
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return load(tiny_model)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
 
 
 @pytest.fixture

@@ -223,10 +223,11 @@ score(fake_key(root), sequences, commit_rows=1)
 
 
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """Run a script that imports from this folder, in a process of its own."""
+    """Run a script that imports this module and `support`, in a process of its own."""
+    folder = Path(__file__).parent
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder.parent}"},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -1,94 +1,20 @@
 """The intake: every row that was read is accounted for, and nobody moves between splits."""
 
-import gzip
 import json
-import os
 import random
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-import duckdb
 import polars as pl
 import pytest
+from desk import GOOD, Desk, Row, lines, row
 
 from pipeline import intake
-from pipeline.errors import SourceError
-from pipeline.intake import IntakeResult, run, run_intake, sources_digest
+from pipeline.intake import run
 from pipeline.intake.validate import prompts_in_two_splits, row_law, split_of
-from pipeline.plan import Plan
 from pipeline.sources import RowError
-from pipeline.store import Store, read
+from pipeline.store import read
 
-Row = dict[str, Any]
-
-
-def row(prompt: str, chosen: str, rejected: str, **more: Any) -> Row:
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-        **more,
-    }
-
-
-def lines(*rows: Row | bytes) -> bytes:
-    packed = (
-        r if isinstance(r, bytes) else json.dumps(r, ensure_ascii=False).encode() for r in rows
-    )
-    return b"".join(r + b"\n" for r in packed)
-
-
-class Desk:
-    """A folder of sources and a store."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.store = Store(folder / "store", "test")
-
-    def write(self, name: str, data: bytes) -> Path:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        return path
-
-    def plan(self, *sources: str, evaluation: tuple[str, ...] = (), **more: Any) -> Plan:
-        """A plan over files `<source>.jsonl`, or folders of the source's name."""
-
-        def config(name: str) -> Row:
-            folder = self.folder / name
-            shape = "hh" if name.startswith("hh") else "conversational"
-            path = folder if folder.is_dir() else self.folder / f"{name}.jsonl"
-            return {"path": path, "shape": shape}
-
-        return Plan.model_validate(
-            {
-                "name": "test",
-                "sources": {name: config(name) for name in sources},
-                "evaluation": {name: config(name) for name in evaluation},
-                "models": {"m": {"checkpoint": "none"}},
-                **more,
-            }
-        )
-
-    def run(self, *sources: str, **more: Any) -> IntakeResult:
-        return run_intake(self.plan(*sources, **more), self.store)
-
-    def ask(self, query: str) -> list[tuple[Any, ...]]:
-        """The published tables, by an engine that is not ours."""
-        with duckdb.connect() as connection:
-            for name in ("rows", "pairs", "quarantine"):
-                file = str(self.store.current(name)).replace("'", "''")
-                connection.execute(f"create view {name} as from read_parquet('{file}')")
-            return connection.execute(query).fetchall()
-
-
-@pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path)
-
-
-GOOD = [row(f"question {i}?", f"yes {i}", f"no {i}", kind="good") for i in range(5)]
 BAD: list[tuple[Row | bytes, str, str]] = [
     (b"{not json", "invalid_json", "char 1"),
     (b'{"chosen":"\xff"}', "invalid_utf8", "byte 11"),
@@ -364,161 +290,6 @@ def test_evaluation_prompts_are_never_trained_on(desk: Desk) -> None:
     ]
     assert result.pairs_by_split == {"evaluation": 4, "train": 58}
     assert result.law.rows() == [("s", 60, 60, 0, 0, True), ("held", 3, 2, 1, 0, True)]
-
-
-# Sources
-
-
-def test_a_folder_is_read_in_order_of_name(desk: Desk) -> None:
-    desk.write("s/b.jsonl", lines(row("b", "x", "y")))
-    desk.write("s/a.jsonl.gz", gzip.compress(lines(b"bad", row("a", "x", "y"))))
-    desk.write("s/deep/c.ndjson", lines(row("c", "x", "y"), row("b", "x", "y")))
-    desk.write("s/notes.txt", b"not data")
-    result = desk.run("s")
-    assert read(desk.store, "rows").select("file", "row", "disposition").rows() == [
-        ("a.jsonl.gz", 0, "quarantined"),
-        ("a.jsonl.gz", 1, "accepted"),
-        ("b.jsonl", 0, "accepted"),
-        ("deep/c.ndjson", 0, "accepted"),
-        ("deep/c.ndjson", 1, "merged"),
-    ]
-    assert desk.ask("select file, row, byte_offset from quarantine") == [("a.jsonl.gz", 0, 0)]
-    assert result.law.rows() == [("s", 5, 3, 1, 1, True)]
-
-
-def test_a_source_that_cannot_be_read_is_named(desk: Desk) -> None:
-    plan = desk.plan("none")
-    with pytest.raises(SourceError, match=r"source 'none': .*none\.jsonl: no such file or folder"):
-        run_intake(plan, desk.store)
-    with pytest.raises(SourceError, match="source 'none'"):
-        sources_digest(plan)
-    desk.write("empty/notes.txt", b"")
-    with pytest.raises(SourceError, match=r"no file ends in \.jsonl"):
-        desk.run("empty")
-    desk.write("cut.jsonl", gzip.compress(lines(*GOOD))[:-4])
-    with pytest.raises(SourceError, match=r"cut\.jsonl: cannot be read"):
-        desk.run("cut")
-    assert not desk.store.directory.exists()
-
-
-def test_a_file_name_no_table_can_hold_is_refused(desk: Desk) -> None:
-    folder = desk.folder / "s"
-    folder.mkdir()
-    (folder / os.fsdecode(b"\xff.jsonl")).write_bytes(lines(*GOOD))
-    with pytest.raises(SourceError, match="name is not UTF-8"):
-        desk.run("s")
-    with pytest.raises(SourceError, match="name is not UTF-8"):
-        sources_digest(desk.plan("s"))
-
-
-@pytest.mark.parametrize(
-    ("data", "rules"),
-    [
-        (b"", {}),
-        (b"\n\n", {}),
-        (lines(b"bad", b"[]", row("q", "same", "same")),
-         {"invalid_json": 1, "not_an_object": 1, "identical_replies": 1}),
-    ],
-)  # fmt: skip
-def test_no_valid_pair_is_an_error_that_leaves_the_quarantine(
-    desk: Desk, data: bytes, rules: dict[str, int]
-) -> None:
-    desk.write("s.jsonl", data)
-    with pytest.raises(SourceError, match="no valid pair in s") as caught:
-        desk.run("s")
-    path = desk.store.current("quarantine").resolve()
-    assert str(path) in str(caught.value)
-    assert dict(desk.ask("select rule, count(*) from quarantine group by all")) == rules
-    assert all(f"'{rule}': {count}" in str(caught.value) for rule, count in rules.items())
-    assert desk.ask("select count(*) from rows") == [(sum(rules.values()),)]
-
-
-def test_one_good_source_carries_an_empty_one(desk: Desk) -> None:
-    desk.write("s.jsonl", lines(*GOOD))
-    desk.write("empty.jsonl", b"")
-    assert desk.run("empty", "s").law.rows() == [
-        ("empty", 0, 0, 0, 0, True),
-        ("s", 5, 5, 0, 0, True),
-    ]
-
-
-def test_the_sources_digest_is_that_of_the_bytes(desk: Desk) -> None:
-    path = desk.write("s.jsonl", lines(*GOOD))
-    plan = desk.plan("s")
-    digest = sources_digest(plan)
-    os.utime(path, (0, 0))
-    assert sources_digest(plan) == digest
-    path.write_bytes(lines(*GOOD, GOOD[0]))
-    assert sources_digest(plan) != digest
-    path.write_bytes(lines(*GOOD))
-    assert sources_digest(plan) == digest
-    shape = plan.sources["s"].model_copy(update={"shape": "hh"})
-    assert sources_digest(plan.model_copy(update={"sources": {"s": shape}})) != digest
-    assert sources_digest(plan.model_copy(update={"evaluation": {"e": shape}})) != digest
-
-
-def transcript(*turns: str) -> str:
-    return "".join(f"\n\n{turn}" for turn in turns)
-
-
-HOW = ("Human: How do I boil an egg?", "Assistant: In water.", "Human: How long?")
-HI = ("Human: Hi",)
-HH_ROWS: list[tuple[str, str, str | None]] = [
-    # What is wrong with real HH-RLHF rows, made by hand; None: accepted.
-    (transcript(*HOW, "Assistant: Seven."), transcript(*HOW, "Assistant: I don't know."), None),
-    (transcript(*HI, "Assistant: Hello!"), transcript(*HI, "Assistant: What?"), None),
-    (transcript(*HOW, "Assistant: Six."), transcript(*HOW, "Assistant:"), "empty_reply"),
-    (transcript(*HOW, "Assistant: \n "), transcript(*HOW, "Assistant: Six."), "empty_reply"),
-    (transcript(*HI, "Assistant: Yo."), transcript(*HI, "Assistant:  Yo. "), "identical_replies"),
-    (
-        transcript(*HI, "Assistant: Yes?", "Human: Bye", "Assistant: Bye."),
-        transcript(*HI, "Assistant: No.", "Human: Bye", "Assistant: Bye!"),
-        "prompts_differ",
-    ),
-    (
-        transcript(*HI, "Assistant: Yes?", "Human: Bye", "Assistant: Bye."),
-        transcript(*HI, "Assistant: Yes!"),
-        "prompts_differ",
-    ),
-    (transcript(*HOW), transcript(*HOW, "Assistant: Six."), "no_reply"),
-    (transcript("Human:"), transcript("Human:"), "no_reply"),
-    ("Assistant: Six.", transcript(*HOW, "Assistant: Six."), "not_a_transcript"),
-    (
-        transcript("Human: Who?", "Human: Hello?", "Assistant: Me.\n\nNobody else."),
-        transcript("Human: Who?", "Human: Hello?", "Assistant: You."),
-        None,
-    ),
-    (
-        transcript("Assistant: How can I help?", "Human: Sing", "Assistant: La"),
-        transcript("Assistant: How can I help?", "Human: Sing", "Assistant: No"),
-        None,
-    ),
-    (
-        transcript("Human: Go on", "Assistant: First.", "Assistant: Second."),
-        transcript("Human: Go on", "Assistant: First.", "Assistant: Stop."),
-        None,
-    ),
-]
-
-
-def test_the_pathologies_of_hh(desk: Desk) -> None:
-    desk.write("hh.jsonl", lines(*[{"chosen": c, "rejected": r} for c, r, _ in HH_ROWS]))
-    result = desk.run("hh")
-    assert desk.ask("select row, rule from quarantine order by row") == [
-        (i, rule) for i, (_, _, rule) in enumerate(HH_ROWS) if rule
-    ]
-    accepted = desk.ask(
-        "select row, list_transform(prompt, lambda m: m.role[1]), chosen, flags from pairs "
-        "order by row"
-    )
-    assert accepted == [
-        (0, ["u", "a", "u"], "Seven.", []),
-        (1, ["u"], "Hello!", []),
-        (10, ["u", "u"], "Me.\n\nNobody else.", ["role_repeated"]),
-        (11, ["a", "u"], "La", []),
-        (12, ["u", "a"], "Second.", ["role_repeated"]),
-    ]
-    assert result.law.rows() == [("hh", 13, 5, 0, 8, True)]
 
 
 # Stability
