@@ -165,18 +165,20 @@ def test_one_changed_row_scores_only_its_own_sequences(
 
 
 def test_the_launchpad_overrides_any_value(
-    write_plan: WritePlan, instance: dg.DagsterInstance
+    write_plan: WritePlan, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_plan()
+    monkeypatch.setenv("LOGRATIO__TRAINING__SEED", "3")
     overrides = ["report.beta=0.5", "training.max_steps=1"]
     result = run(path, instance, overrides=overrides)
     assert result.success
     assert metadata(result, "policy_dpo")["steps"] == 1
     rewards = read(store_of(load_plan(path)), "rewards/dpo")
     assert rewards["beta"].unique().to_list() == [0.5]
-    tags = instance.get_run_by_id(result.run_id)
-    assert tags is not None
-    assert tags.tags["logratio/overrides"] == " ".join(overrides)
+    done = instance.get_run_by_id(result.run_id)
+    assert done is not None
+    assert done.tags["logratio/overrides"] == " ".join(["training.seed=3", *overrides])
+    assert done.tags["logratio/plan"] == load_plan(path, overrides).digest
     wrong = run(path, instance, overrides=["training.max_step=1"])
     assert not wrong.success
 
@@ -225,6 +227,7 @@ def test_the_command_line_runs_a_plan_in_processes_and_says_what_it_did(
     first = capfd.readouterr()
     assert "base: 24 rows scored, 0 reused, model loaded" in first.out
     assert "accuracy at step 1 0.5" in first.out
+    assert "held-out pairs, 95 % interval" in first.out
     assert "24/24 rows" in first.err
     assert "tokens/s" in first.err
     assert "left" in first.err

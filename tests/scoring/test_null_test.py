@@ -50,6 +50,21 @@ def test_one_changed_weight_under_a_forced_fingerprint_fails(
     assert not lied.null_test.passed
 
 
+def test_half_precision_is_allowed_its_own_noise(
+    copy: Path, store: Store, write_sequences: pl.DataFrame
+) -> None:
+    config, checkpoint = ModelConfig(checkpoint=str(copy), dtype="bfloat16"), Checkpoint(copy)
+    key = scorer_key(store, config, checkpoint)
+    test = score_sequences("m", key, config, checkpoint, write_sequences, ScoringConfig()).null_test
+    assert test.passed
+    assert test.tolerance == 1.0
+    assert test.repeat == 0.0
+    strict = ScoringConfig(null_test="always", null_test_tolerance=1e-9)
+    control = score_sequences("m", key, config, checkpoint, write_sequences, strict).null_test
+    assert control.noise_floor > 1e-9
+    assert not control.passed
+
+
 def test_the_last_verdict_stands_while_nothing_is_scored(
     copy: Path, store: Store, write_sequences: pl.DataFrame
 ) -> None:
