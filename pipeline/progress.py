@@ -36,14 +36,13 @@ class Progress:
 
 @contextmanager
 def progress(description: str, total: int, unit: str = "rows") -> Iterator[Progress]:
-    """A bar over `total` rows on standard error; in a log file it is a line now and then."""
-    interactive = sys.stderr.isatty()
+    """A bar over `total` rows on standard error, moved about once a second."""
     with tqdm(
         total=total,
         desc=description,
         unit=unit,
         bar_format=_FORMAT,
-        mininterval=0.5 if interactive else 5.0,
+        mininterval=1.0,
         file=sys.stderr,
     ) as bar:
         yield Progress(bar, monotonic())
