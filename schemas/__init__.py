@@ -1,6 +1,6 @@
 """What one row of each table is: Pandera (Polars) models and dtypes, nothing else."""
 
-from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema
+from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema, require_validation
 from schemas.intake import InputRow, PairCandidate, PreferencePair, QuarantinedRow
 from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
@@ -27,4 +27,5 @@ __all__ = [
     "UntokenizedPair",
     "identity_fields",
     "polars_schema",
+    "require_validation",
 ]

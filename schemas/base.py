@@ -2,6 +2,7 @@
 
 import pandera.polars as pa
 import polars as pl
+from pandera.config import ValidationDepth, get_config_context
 
 MESSAGE = pl.Struct({"role": pl.String, "content": pl.String})
 MESSAGES = pl.List(MESSAGE)
@@ -21,6 +22,21 @@ class Table(pa.DataFrameModel):
 
         strict = True
         ordered = True
+
+
+def require_validation() -> None:
+    """Refuse to run while Pandera's environment variables switch validation off or half off.
+
+    Raises:
+        RuntimeError: names the variables.
+    """
+    config = get_config_context()
+    depths = (None, ValidationDepth.SCHEMA_AND_DATA)
+    if not config.validation_enabled or config.validation_depth not in depths:
+        raise RuntimeError(
+            "Pandera does not validate data: unset PANDERA_VALIDATION_ENABLED and "
+            "PANDERA_VALIDATION_DEPTH"
+        )
 
 
 def polars_schema(model: type[pa.DataFrameModel]) -> pl.Schema:

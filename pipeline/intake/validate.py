@@ -5,7 +5,7 @@ import polars as pl
 
 from pipeline.ids import unit_interval
 from pipeline.plan import SplitConfig
-from schemas import InputRow, PairCandidate, PreferencePair, polars_schema
+from schemas import InputRow, PairCandidate, PreferencePair, polars_schema, require_validation
 from schemas.base import MESSAGES
 
 CANDIDATE_SCHEMA = pl.Schema(
@@ -38,6 +38,7 @@ def apply_contract(candidates: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame
     Raises:
         pandera.errors.SchemaErrors: a structural fault (a column or dtype), which is our own bug.
     """
+    require_validation()
     columns = list(polars_schema(PairCandidate))
     try:
         PairCandidate.validate(candidates.select(columns), lazy=True)
