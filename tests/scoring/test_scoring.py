@@ -1,5 +1,6 @@
 """The torch engine against an independent float64 computation, and what its ids are made of."""
 
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ def sample_sequences(checkpoint: Checkpoint, store: Store, n: int | None = None)
     return tokenize_pairs(read(store, "pairs"), encoder).sequences.head(n or 1000)
 
 
+class MeasuredWarning(UserWarning):
+    """A measured number: pytest prints warnings even where everything passes."""
+
+
 def float64_logprob(model: torch.nn.Module, row: dict[str, list[int]]) -> float:
     """The sum over completion tokens, by transformers in float64 and a plain log_softmax."""
     ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
@@ -62,7 +67,8 @@ def oracle_differences(checkpoint: Checkpoint, store: Store, n: int, batch_token
     largest: float = max(abs(scored[r["sequence_id"]] - float64_logprob(model, r)) for r in rows)
     untrained = AutoModelForCausalLM.from_config(model.config).to(torch.float64)
     control = min(abs(scored[r["sequence_id"]] - float64_logprob(untrained, r)) for r in rows[:1])
-    print(f"\n{n} sequences: at most {largest:.2e} nats apart; untrained control {control:.1f}")
+    said = f"{n} sequences: at most {largest:.2e} nats apart; untrained control {control:.1f}"
+    warnings.warn(said, MeasuredWarning, stacklevel=2)
     assert control > 1, "the control must fail"
     return largest
 
