@@ -69,7 +69,7 @@ def run_plan(path: Path, overrides: list[str]) -> int:
                 # Progress bars stay readable; everything is in the UI.
                 "loggers": {"console": {"config": {"log_level": "WARNING"}}},
             },
-            tags={"logratio/plan": plan.digest, ".dagster/repository": "__repository__@logratio"},
+            tags={".dagster/repository": "__repository__@logratio"},
         )
         print(summary(plan, result, monotonic() - started))
     return 0 if result.success else 1

@@ -199,10 +199,7 @@ def commit(directory: Path, write: Callable[[BinaryIO], Any], suffix: str) -> Sn
         StoreError: the disk is full or failed; names the path, and leaves nothing behind.
     """
     with _temporary(directory) as temporary:
-        with temporary.open("wb") as sink:
-            write(sink)
-            sink.flush()
-            os.fsync(sink.fileno())
+        _write_synced(temporary, write)
         digest = file_digest(temporary)
         final = directory / f"{digest}{suffix}"
         n_bytes = temporary.stat().st_size
@@ -223,10 +220,7 @@ def commit_numbered(directory: Path, content: bytes, suffix: str, width: int = 8
         StoreError: the disk is full or failed.
     """
     with _temporary(directory) as temporary:
-        with temporary.open("wb") as sink:
-            sink.write(content)
-            sink.flush()
-            os.fsync(sink.fileno())
+        _write_synced(temporary, lambda sink: sink.write(content))
         taken = [int(p.stem) for p in directory.glob(f"*{suffix}") if p.stem.isdigit()]
         number = max(taken, default=0) + 1
         while True:
@@ -260,6 +254,13 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    with path.open("wb") as sink:
+        write(sink)
+        sink.flush()
+        os.fsync(sink.fileno())
 
 
 @contextlib.contextmanager

@@ -72,10 +72,10 @@ def score_sequences(
     started = monotonic()
     known = read_logprobs(key).join(sequences, on="sequence_id", how="semi")
     missing = sequences.join(known, on="sequence_id", how="anti")
-    recorded = last_trust(key)
-    test = missing.height > 0 or settings.null_test == "always"
+    due = missing.height > 0 or settings.null_test == "always"
+    recorded = None if due else last_trust(key)
     n_tokens, rate = 0, 0.0
-    if test or recorded is None:
+    if recorded is None:
         with closing(open_engine(config, checkpoint)) as engine:
             if missing.height:
                 n_tokens, rate = _score_missing(name, key, checkpoint, engine, missing, settings)
@@ -92,7 +92,7 @@ def score_sequences(
         n_tokens=n_tokens,
         tokens_per_second=rate,
         seconds=monotonic() - started,
-        model_loaded=test or recorded is None,
+        model_loaded=recorded is None,
         null_test=outcome,
     )
 

@@ -25,15 +25,20 @@ def read_conversational(row: dict[str, object]) -> list[Unit]:
     prompt, chosen, rejected = split_reply(
         shared + _messages(row["chosen"], "chosen"), shared + _messages(row["rejected"], "rejected")
     )
-    strength = row.get("strength")
-    if strength is not None and type(strength) not in (int, float):  # a bool is an int to Python
-        raise RowError("wrong_type", f"'strength' is a {type(strength).__name__}, not a number")
+    strength = _strength(row.get("strength"))
     meta = {key: value for key, value in row.items() if key not in _FIELDS}
+    return [Unit(prompt, chosen, rejected, strength, meta)]
+
+
+def _strength(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):  # a bool is an int to Python
+        raise RowError("wrong_type", f"'strength' is a {type(value).__name__}, not a number")
     try:
-        strength = None if strength is None else float(strength)  # type: ignore[arg-type]
+        return float(value)
     except OverflowError:
         raise RowError("strength_not_finite", "'strength' is beyond float64") from None
-    return [Unit(prompt, chosen, rejected, strength, meta)]
 
 
 def _messages(value: object, field: str) -> list[Message]:

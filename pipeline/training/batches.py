@@ -83,14 +83,18 @@ def values_digest(pairs: list[TrainingPair]) -> str:
     )
 
 
+def steps_per_epoch(pairs: list[TrainingPair], config: TrainingConfig) -> int:
+    """Optimiser steps that visit every pair once; the last may be a smaller batch."""
+    return math.ceil(len(pairs) / config.batch_pairs)
+
+
 def schedule_of(pairs: list[TrainingPair], config: TrainingConfig) -> list[list[TrainingPair]]:
     """The batch of every optimiser step, in order.
 
     Each epoch visits every pair once, in an order that depends on the seed, the epoch and the
     pairs' ids alone. A batch never spans two epochs.
     """
-    per_epoch = math.ceil(len(pairs) / config.batch_pairs)
-    n_steps = max(1, round(config.epochs * per_epoch))
+    n_steps = max(1, round(config.epochs * steps_per_epoch(pairs, config)))
     if config.max_steps is not None:
         n_steps = min(n_steps, config.max_steps)
     steps: list[list[TrainingPair]] = []

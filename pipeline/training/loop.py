@@ -18,7 +18,7 @@ from pipeline.progress import progress
 from pipeline.scoring.engine import Completion, sequence_sum
 from pipeline.scoring.forward import token_logprobs
 from pipeline.scoring.torch_engine import torch_device
-from pipeline.training.batches import TrainingPair, schedule_of
+from pipeline.training.batches import TrainingPair, schedule_of, steps_per_epoch
 from schemas import TrainingStep, polars_schema
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def train(
         num_training_steps=len(schedule),
     )
     table = dict(start_logprobs.select("sequence_id", "logprob").iter_rows())
-    per_epoch = -(-len(pairs) // config.batch_pairs)
+    per_epoch = steps_per_epoch(pairs, config)
     rows: list[dict[str, Any]] = []
     first: FirstStep | None = None
     with progress(f"train {name}", sum(len(batch) for batch in schedule), "pairs") as bar:

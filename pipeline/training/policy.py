@@ -33,10 +33,6 @@ class PolicyResult:
     steps: pl.DataFrame
     first_step: FirstStep
 
-    def checkpoint(self, start: Checkpoint) -> Checkpoint:
-        """Where to load the policy from: its adapter over the model it started from."""
-        return Checkpoint(start.path, self.directory)
-
 
 def policy_id(
     start: ScorerKey,
