@@ -18,6 +18,9 @@ from schemas import Reward, polars_schema
 Score = Callable[[pl.Expr, pl.Expr, pl.Expr], pl.Expr]
 """(log-ratio, policy log-prob, scored tokens) of one reply to its score in a loss's own scale."""
 
+Weight = Callable[[pl.Expr, pl.Expr], pl.Expr]
+"""(score of chosen, score of rejected) to the pair's gradient weight, |dLoss/d score|."""
+
 _SIDES = ("chosen", "rejected")
 _SHOWN_IDS = 3
 
@@ -99,7 +102,7 @@ def reward_table(
     *,
     beta: float,
     score: Score,
-    gradient_weight: Callable[[pl.Expr], pl.Expr],
+    gradient_weight: Weight,
     policy_id: str,
     pairs_digest: str,
 ) -> pl.DataFrame:
@@ -114,7 +117,7 @@ def reward_table(
         policy: the same for the policy.
         beta: the report's, the same for every policy.
         score: one reply's score in the objective's own scale; for DPO its beta times the log-ratio.
-        gradient_weight: of the difference of the two scores (lecture 6.2).
+        gradient_weight: of the two scores (lecture 6.2).
         policy_id: of the trained policy.
         pairs_digest: the snapshot `pairs` was read from.
 
@@ -229,7 +232,7 @@ def _with_rewards(
     joined: pl.DataFrame,
     beta: float,
     score: Score,
-    gradient_weight: Callable[[pl.Expr], pl.Expr],
+    gradient_weight: Weight,
 ) -> pl.DataFrame:
     """Adds every column that follows from the log-probs, one stage at a time."""
     col = pl.col
@@ -252,7 +255,7 @@ def _with_rewards(
         .with_columns(
             correct=correct(col("margin")),
             gradient_weight=gradient_weight(
-                margin(col("objective_score_chosen"), col("objective_score_rejected"))
+                col("objective_score_chosen"), col("objective_score_rejected")
             ),
         )
     )

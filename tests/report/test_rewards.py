@@ -40,7 +40,7 @@ class Tables:
             "policy": self.policy,
             "beta": BETA,
             "score": lambda logratio, logprob, n: OBJECTIVE_BETA * logratio,
-            "gradient_weight": rewards.dpo_gradient_weight,
+            "gradient_weight": lambda w, r: rewards.dpo_gradient_weight(w - r),
             "policy_id": ident("policy"),
             "pairs_digest": "digest",
         } | changes
