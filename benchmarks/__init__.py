@@ -1,0 +1,1 @@
+"""Measurements that are run by hand, on the machine they are about."""
