@@ -9,7 +9,7 @@ from time import monotonic
 import dagster as dg
 
 from assets.resources import resource_key
-from assets.summary import summary
+from assets.summary import beginning, summary
 from pipeline.errors import LogratioError
 from pipeline.plan import Plan, load_plan
 
@@ -53,6 +53,7 @@ def run_plan(path: Path, overrides: list[str]) -> int:
         pipeline.errors.PlanError: the plan or an override is wrong; nothing was run.
     """
     plan = load_plan(path, overrides)
+    print(beginning(plan), flush=True)
     started = monotonic()
     with dg.DagsterInstance.from_config(str(prepare_home(plan))) as instance:
         result = dg.execute_job(

@@ -12,6 +12,7 @@ import dagster as dg
 
 from assets import intake, report, scoring, training
 from assets.resources import PlanResource, resource_key
+from assets.scoring import MODEL_TAG
 from pipeline.errors import PlanError
 from pipeline.plan import Plan, load_plan
 
@@ -47,6 +48,9 @@ def plan_definitions(path: Path) -> dg.Definitions:
         ]
     return dg.Definitions(
         assets=assets,
+        asset_checks=[
+            check for name in plan.objectives for check in report.engines_agree(plan, name)
+        ],
         jobs=[job(plan, assets)],
         resources={resource_key(plan.name): PlanResource(path=str(path.resolve()))},
     )
@@ -58,7 +62,7 @@ def job_name(plan: Plan) -> str:
 
 
 def job(plan: Plan, assets: list[dg.AssetsDefinition]) -> Any:
-    """Everything from the sources to the reports; one model is in memory at a time."""
+    """Everything from the sources to the reports; `model_steps` models are in memory at a time."""
     return dg.define_asset_job(
         job_name(plan),
         selection=dg.AssetSelection.assets(
@@ -67,8 +71,8 @@ def job(plan: Plan, assets: list[dg.AssetsDefinition]) -> Any:
         description=f"Runs the plan '{plan.name}' from its sources to its reports.",
         executor_def=dg.multiprocess_executor.configured(
             {
-                "max_concurrent": 2,
-                "tag_concurrency_limits": [{"key": "logratio/model", "limit": 1}],
+                "max_concurrent": plan.model_steps + 1,
+                "tag_concurrency_limits": [{"key": MODEL_TAG, "limit": plan.model_steps}],
             }
         ),
     )

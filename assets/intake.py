@@ -160,6 +160,7 @@ def sequences(plan: Plan) -> dg.AssetsDefinition:
                 "tokens": result.n_tokens,
                 "pairs_with_boundary_merge": result.n_boundary_merges,
                 "tokenization_id": result.tokenization_id,
+                **{f"kl_rows_{name}": n for name, n in result.kl_rows.items()},
                 "untokenised_by_rule": counts_markdown(
                     result.untokenized_by_rule, "every pair was tokenised"
                 ),

@@ -6,7 +6,9 @@ import dagster as dg
 
 from assets.metadata import column_schema, png_markdown, table_metadata
 from assets.resources import opened, resource_key
+from assets.scoring import MODEL_STEP
 from pipeline import stages
+from pipeline.parity import engine_parity
 from pipeline.plan import Plan
 from schemas import Reward
 
@@ -66,6 +68,27 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
         )
 
     return rewarded
+
+
+def engines_agree(plan: Plan, name: str) -> list[dg.AssetChecksDefinition]:
+    """A step that scores an objective's pairs with the plan's second engine, if it has one."""
+    parity = plan.scoring.parity
+    if parity is None:
+        return []
+
+    @dg.asset_check(
+        asset=dg.AssetKey([plan.name, f"implicit_rewards_{name}"]),
+        name="engines_agree",
+        description=f"Log-ratios of the {parity.split} pairs are the same when {parity.engine} "
+        "scores them, but for noise.",
+        op_tags=MODEL_STEP,
+        required_resource_keys={resource_key(plan.name)},
+    )
+    def compared(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+        result = engine_parity(*opened(context, plan.name), name)
+        return dg.AssetCheckResult(passed=result.passed, metadata=result.to_dict())
+
+    return [compared]
 
 
 def reward_report(plan: Plan, name: str) -> dg.AssetsDefinition:

@@ -6,8 +6,9 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from pipeline.names import store_of
 from pipeline.plan import Plan, environment_overrides, load_plan
-from pipeline.stages import store_of
+from pipeline.processes import share_cores
 from pipeline.store import Store
 
 
@@ -28,10 +29,13 @@ class PlanResource(dg.ConfigurableResource[Any]):
             pipeline.errors.PlanError: the plan or an override is wrong.
         """
         plan = load_plan(Path(self.path), self.overrides)
+        share_cores(plan.model_steps)
         return plan, store_of(plan)
 
 
-def opened(context: dg.AssetExecutionContext, plan_name: str) -> tuple[Plan, Store]:
+def opened(
+    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, plan_name: str
+) -> tuple[Plan, Store]:
     """The run's plan and store, from inside an asset."""
     resource: PlanResource = getattr(context.resources, resource_key(plan_name))
     return resource.open()

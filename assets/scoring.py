@@ -9,8 +9,9 @@ from pipeline.plan import Plan
 from schemas import LogProb
 
 GROUP = "scoring"
-MODEL_STEP = {"logratio/model": "true"}
-"""Tag of steps that load a model; a job runs one of them at a time."""
+MODEL_TAG = "logratio/model"
+MODEL_STEP = {MODEL_TAG: "true"}
+"""Tag of steps that load a model; a job runs as many of them at a time as its plan says."""
 
 
 def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
@@ -19,12 +20,15 @@ def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
     deps = [dg.AssetKey([plan.name, "sequences"])]
     if name in plan.objectives:
         deps.append(dg.AssetKey([plan.name, f"policy_{name}"]))
+    # A policy is scored as its reference is.
+    scorer = plan.objectives[name].reference if name in plan.objectives else name
+    library = "vllm" if plan.models[scorer].engine == "vllm" else "pytorch"
 
     @dg.asset(
         key=key,
         deps=deps,
         group_name=GROUP,
-        kinds={"pytorch", "parquet"},
+        kinds={library, "parquet"},
         op_tags=MODEL_STEP,
         description="One row is a scored sequence: the sum over its completion's tokens, nats.",
         metadata={"dagster/column_schema": column_schema(LogProb)},
@@ -38,7 +42,7 @@ def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
     def scored(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         run_plan, store = opened(context, plan.name)
         result = stages.score(run_plan, store, name)
-        table = stages.scored_rows(store, result.key)
+        table = stages.scored_rows(run_plan, store, name, result.key)
         test = result.null_test
         return dg.MaterializeResult(
             data_version=dg.DataVersion(table.digest),
@@ -54,6 +58,8 @@ def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
                 "noise_floor_nats": test.noise_floor,
                 "model_id": result.key.model.model_id,
                 "numerics_id": result.key.numerics.numerics_id,
+                "engine": f"{result.key.numerics.engine} {result.key.numerics.engine_version}, "
+                f"{result.key.numerics.runner}, {result.key.numerics.body_dtype}",
                 "ledger": dg.MetadataValue.path(result.key.directory),
             },
             check_results=[

@@ -4,7 +4,19 @@ from typing import Any
 
 import dagster as dg
 
+from pipeline.estimate import estimate
 from pipeline.plan import Plan
+
+
+def beginning(plan: Plan) -> str:
+    """What a run is about to do, and what that costs.
+
+    Raises:
+        pipeline.errors.SourceError: a source cannot be read.
+    """
+    lines = [f"plan '{plan.name}': {estimate(plan)}"]
+    lines += [f"  objective  {name}: {objective}" for name, objective in plan.objectives.items()]
+    return "\n".join(lines)
 
 
 def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
@@ -30,6 +42,8 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
                 else f"  training   {name}: nothing trained, the policy was there already"
             )
     for check in result.get_asset_check_evaluations():
+        if check.check_name == "engines_agree":
+            lines.append(_agreement(check))
         if not check.passed:
             lines.append(f"  CHECK FAILED  {check.asset_key.to_user_string()}: {check.check_name}")
     for event in result.all_events:
@@ -52,6 +66,17 @@ def _metadata(result: dg.JobExecutionResult) -> dict[tuple[str, ...], dict[str, 
             values = {key: value.value for key, value in entry.metadata.items()}
             found[tuple(entry.asset_key.path)] = values
     return found
+
+
+def _agreement(check: dg.AssetCheckEvaluation) -> str:
+    """How far two engines' log-ratios are apart, and what a lost adapter would have shown."""
+    said = {key: value.value for key, value in check.metadata.items()}
+    name = check.asset_key.path[-1].removeprefix("implicit_rewards_")
+    return (
+        f"  engines    {name}: {said['other']} against {said['engine']} on {said['n']} sequences: "
+        f"at most {said['logratio_max']:.2g} nats apart, mean {said['logratio_mean']:.2g} "
+        f"(allowed {said['tolerance']:g}; without the adapter {said['control']:.2g})"
+    )
 
 
 def _accuracy(name: str, report: dict[str, Any]) -> list[str]:

@@ -26,19 +26,36 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
         group_name=GROUP,
         kinds={"pytorch", "huggingface"},
         op_tags=MODEL_STEP,
-        description=f"A policy trained with {objective.loss} from '{objective.start}' against "
-        f"'{objective.reference}', which is not loaded: its log-probs are in the ledger.",
+        description=f"A policy trained from '{objective.start}' with {objective}. "
+        + (
+            f"The reference '{objective.reference}' is not loaded: its log-probs are in the ledger."
+            if objective.spec.needs_reference
+            else "The loss has no reference."
+        ),
         check_specs=[dg.AssetCheckSpec("training_starts_where_the_tables_say", asset=key)],
         required_resource_keys={resource_key(plan.name)},
     )
     def trained(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        result = stages.train(*opened(context, plan.name), name)
+        run_plan, store = opened(context, plan.name)
+        result = stages.train(run_plan, store, name)
+        ran = run_plan.objectives[name]
+        target = ran.spec.target(ran.values)
         first, last = result.steps.row(0, named=True), result.steps.row(-1, named=True)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(result.policy_id),
             metadata={
                 "policy_id": result.policy_id,
                 "trained": result.trained,
+                "objective": str(ran),
+                **({} if target is None else {"target": str(target), "target_nats": target.nats}),
+                **(
+                    {}
+                    if result.correction is None
+                    else {
+                        "reference_correction_max_nats": result.correction.largest,
+                        "reference_correction_mean_nats": result.correction.mean,
+                    }
+                ),
                 "steps": result.steps.height,
                 "first_loss": first["loss"],
                 "last_loss": last["loss"],
@@ -46,6 +63,7 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
                 "last_accuracy": last["rewards/accuracies"],
                 "last_margin": last["rewards/margins"],
                 "tokens": last["num_tokens"],
+                **({} if last["kl"] is None else {"last_kl_nats": last["kl"]}),
                 "directory": dg.MetadataValue.path(result.directory),
             },
             check_results=[

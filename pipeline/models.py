@@ -6,6 +6,7 @@ Only safetensors are read and no code from a checkpoint is run.
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import uuid
@@ -123,6 +124,52 @@ def quantisation(checkpoint: Checkpoint) -> str:
     return str((config.get("quantization_config") or {}).get("quant_method", "none"))
 
 
+def context_length(checkpoint: Checkpoint) -> int | None:
+    """Positions the checkpoint's config allows, or None where it names no limit."""
+    return _text_config(checkpoint).get("max_position_embeddings")
+
+
+def vocabulary_size(checkpoint: Checkpoint) -> int:
+    """Rows of the checkpoint's output layer: every valid id is below it.
+
+    Raises:
+        ModelError: its config does not say.
+    """
+    size = _text_config(checkpoint).get("vocab_size")
+    if not isinstance(size, int):
+        raise ModelError(f"checkpoint {checkpoint.path}: config.json has no vocab_size")
+    return size
+
+
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """An adapter's `adapter_config.json`.
+
+    Raises:
+        ModelError: it is missing or is not JSON.
+    """
+    return _read_json(adapter / "adapter_config.json")
+
+
+def parameter_count(checkpoint: str) -> int | None:
+    """Parameters of a packaged model or of a directory, from headers; None if it is not on disk."""
+    if checkpoint.startswith("packaged:"):
+        from gguf import GGUFReader
+
+        gguf = _packaged_file(checkpoint.removeprefix("packaged:"))
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
+    path = Path(checkpoint)
+    if not path.exists():
+        return None
+    from safetensors import safe_open
+
+    total = 0
+    for file in weight_files(path):
+        with safe_open(file, framework="np") as tensors:
+            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
+        total += sum(math.prod(shape) for shape in shapes)
+    return total
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerFast":
     """The checkpoint's tokeniser.
 
@@ -186,13 +233,7 @@ def _materialise(name: str, store: Store) -> Path:
     The weights are those of the quantised file, dequantised: their log-probs are not those of the
     original model.
     """
-    if name not in PACKAGED:
-        raise ModelError(f"packaged model '{name}' is not one of {', '.join(PACKAGED)}")
-    package, file = PACKAGED[name]
-    found = importlib.util.find_spec(package)  # its import would need packages we do not use
-    if found is None or found.origin is None:
-        raise ModelError(f"packaged model '{name}': the package {package} is not installed")
-    gguf = Path(found.origin).with_name(file)
+    gguf = _packaged_file(name)
     final = store.models / f"{name}-{file_digest(gguf)[:16]}"
     if final.exists():
         return final
@@ -204,6 +245,21 @@ def _materialise(name: str, store: Store) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _packaged_file(name: str) -> Path:
+    """Where a packaged model's GGUF file is.
+
+    Raises:
+        ModelError: no such model, or its package is not installed.
+    """
+    if name not in PACKAGED:
+        raise ModelError(f"packaged model '{name}' is not one of {', '.join(PACKAGED)}")
+    package, file = PACKAGED[name]
+    found = importlib.util.find_spec(package)  # its import would need packages we do not use
+    if found is None or found.origin is None:
+        raise ModelError(f"packaged model '{name}': the package {package} is not installed")
+    return Path(found.origin).with_name(file)
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
@@ -256,6 +312,13 @@ def _refuse_unsafe(path: Path) -> None:
     if "auto_map" in config:
         raise ModelError(f"checkpoint {path}: config.json asks for its own code (auto_map)")
     weight_files(path)
+
+
+def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The part of config.json about the language model; a multimodal one nests it."""
+    config = _read_json(checkpoint.path / "config.json")
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
 
 
 def _canonical_config(path: Path) -> str:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline import losses
-from pipeline.errors import StoreError
 from pipeline.ids import content_id, unit_interval
-from pipeline.models import Checkpoint, load_tokenizer, resolve
-from pipeline.plan import ModelConfig, ObjectiveConfig, Plan
+from pipeline.models import load_tokenizer, resolve
+from pipeline.names import key_of, policy_id_of, scored_by, wanted_sequences
+from pipeline.plan import ModelConfig, Plan
 from pipeline.report import RenderedReport, ReportInput, render
 from pipeline.rewards import reward_table
 from pipeline.scoring.ledger import ScorerKey, last_trust, read_logprobs, scorers
@@ -31,9 +30,11 @@ from pipeline.store import (
     read,
 )
 from pipeline.tokenization import Encoder, require_same_tokenizer, tokenize_pairs
-from pipeline.training.batches import training_pairs
-from pipeline.training.policy import PolicyResult, train_policy
+from pipeline.training.kl_rows import kl_rows
+from pipeline.training.objective import train_objective
+from pipeline.training.policy import PolicyResult
 from schemas import (
+    KlSequence,
     PairSequence,
     Reward,
     Scorer,
@@ -56,6 +57,7 @@ class TokenizeResult:
     n_tokens: int
     n_boundary_merges: int
     untokenized_by_rule: dict[str, int]
+    kl_rows: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,15 @@ class ReportResult:
     rendered: RenderedReport
 
 
-def store_of(plan: Plan) -> Store:
-    """Where the plan's tables are."""
-    return Store(plan.store, plan.name)
-
-
 def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     """`pairs` to `sequences`, `pair_sequences`, `untokenized_pairs` and `tokenizations`.
 
-    The chat template is the plan's first model's; the others must share its tokeniser.
+    And `kl_sequences` for every objective whose loss has a KL term. The chat template is the
+    plan's first model's; the others must share its tokeniser.
 
     Raises:
         ModelError: no usable tokeniser or template, or two models' tokenisers differ.
+        TrainingError: a loss needs mismatched replies and there are no two prompts.
     """
     tokenizers = {
         name: load_tokenizer(resolve(config, store)) for name, config in plan.models.items()
@@ -98,6 +97,20 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     pairs = _limited(read(store, "pairs"), plan.limit_pairs)
     tables = tokenize_pairs(pairs, encoder)
     publish(store, "tokenizations", tables.tokenization, Tokenization)
+    kl = {
+        name: kl_rows(
+            pairs,
+            tables.pair_sequences,
+            tables.sequences,
+            partner=objective.kl_partner,
+            training=plan.training,
+            max_length=plan.tokenization.max_length,
+        )
+        for name, objective in plan.objectives.items()
+        if objective.kl_partner is not None
+    }
+    for name, table in kl.items():
+        publish(store, f"kl_sequences/{name}", table, KlSequence)
     rules = tables.untokenized["rule"].value_counts().sort("rule")
     return TokenizeResult(
         n_pairs=pairs.height,
@@ -108,22 +121,23 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
         n_tokens=tables.sequences.select(pl.sum("n_prompt") + pl.sum("n_scored")).item(),
         n_boundary_merges=tables.pair_sequences.filter("boundary_merge").height,
         untokenized_by_rule=dict(rules.iter_rows()),
+        kl_rows={name: table.height for name, table in kl.items()},
     )
 
 
 def score(plan: Plan, store: Store, name: str) -> ScoringResult:
-    """Score every sequence under a model or a trained policy of the plan."""
-    config, checkpoint = _scored_by(plan, store, name)
+    """Score what is wanted of a model or a trained policy of the plan."""
+    config, checkpoint = scored_by(plan, store, name)
     key = scorer_key(store, config, checkpoint)
-    sequences = read(store, "sequences")
+    sequences = wanted_sequences(plan, store, name)
     result = score_sequences(name, key, config, checkpoint, sequences, plan.scoring)
     publish(store, "scorers", scorers(store.ledger), Scorer)
     return result
 
 
-def scored_rows(store: Store, key: ScorerKey) -> ScoredRows:
-    """Read the ledger back and say what it holds of the plan's sequences."""
-    wanted = read(store, "sequences").select("sequence_id")
+def scored_rows(plan: Plan, store: Store, name: str, key: ScorerKey) -> ScoredRows:
+    """Read the ledger back and say what it holds of the sequences that were wanted."""
+    wanted = wanted_sequences(plan, store, name).select("sequence_id")
     held = read_logprobs(key).join(wanted, on="sequence_id", how="semi").sort("sequence_id")
     finite = held.filter(pl.col("logprob").is_finite())
     return ScoredRows(
@@ -136,28 +150,7 @@ def scored_rows(store: Store, key: ScorerKey) -> ScoredRows:
 
 def train(plan: Plan, store: Store, name: str) -> PolicyResult:
     """Train the policy of an objective, or find it trained; publish its training steps."""
-    objective = plan.objectives[name]
-    reference, _ = key_of(plan, store, objective.reference)
-    start, checkpoint = key_of(plan, store, objective.start)
-    pairs = training_pairs(
-        read(store, "pairs"),
-        read(store, "pair_sequences"),
-        read(store, "sequences"),
-        read_logprobs(reference),
-    )
-    result = train_policy(
-        store,
-        name,
-        objective,
-        plan.training,
-        plan.models[objective.start],
-        checkpoint,
-        start,
-        reference,
-        pairs,
-        read_logprobs(start),
-        plan.scoring.tolerance(plan.models[objective.start].dtype),
-    )
+    result = train_objective(plan, store, name)
     publish(store, f"training_steps/{name}", result.steps, TrainingStep)
     pointer = json.dumps({"policy_id": result.policy_id}).encode()
     publish_file(store, f"policies/{name}", pointer, ".json")
@@ -169,16 +162,21 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
     objective = plan.objectives[name]
     reference, _ = key_of(plan, store, objective.reference)
     policy, _ = key_of(plan, store, name)
-    spec = losses.REGISTRY[objective.loss]
+    spec, values = objective.spec, objective.values
+    # KTO's weights depend on a reference point; the one the policy was last trained with.
+    last = read(store, f"training_steps/{name}")["kl"][-1]
+    statistics = {} if last is None else {"kl": last}
     table = reward_table(
         read(store, "pairs"),
         read(store, "pair_sequences"),
         read_logprobs(reference),
         read_logprobs(policy),
         beta=plan.report.beta,
-        score=lambda ratio, logprob, n: spec.score(ratio, logprob, n, objective.beta),
-        gradient_weight=spec.gradient_weight,
-        policy_id=_policy_id(store, name),
+        score=lambda ratio, logprob, n: spec.score(ratio, logprob, n, values),
+        gradient_weight=lambda chosen, rejected: spec.gradient_weight(
+            chosen, rejected, values, statistics
+        ),
+        policy_id=policy_id_of(store, name),
         pairs_digest=current_snapshot(store, "pairs").digest,
     )
     return publish(store, f"rewards/{name}", table, Reward)
@@ -195,7 +193,7 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
     reference, _ = key_of(plan, store, objective.reference)
     policy, _ = key_of(plan, store, name)
     pairs, rewards = read(store, "pairs"), read(store, f"rewards/{name}")
-    spec = losses.REGISTRY[objective.loss]
+    target = objective.spec.target(objective.values)
     identities = {
         "plan": plan.name,
         "plan digest": plan.digest,
@@ -204,7 +202,7 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
         "tokenisation": read(store, "tokenizations")["tokenization_id"][0],
         "reference": f"{objective.reference}: {_shown(plan.models[objective.reference])}",
         "reference model id": reference.model.model_id,
-        "policy id": _policy_id(store, name),
+        "policy id": policy_id_of(store, name),
         "policy model id": policy.model.model_id,
         "numerics id": reference.numerics.numerics_id,
         "engine": f"{reference.numerics.engine} {reference.numerics.engine_version}, "
@@ -216,7 +214,13 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
             title=f"{name}: implicit rewards",
             plan=plan.name,
             objective=name,
-            loss={"loss": objective.loss, "beta": f"{objective.beta:g}", "paper": spec.paper},
+            loss={
+                "loss": objective.loss,
+                **{key: f"{value:g}" for key, value in objective.values.items()},
+                "target": "none, it always asks for more" if target is None else str(target),
+                "paper": objective.spec.paper,
+            },
+            has_reference=objective.spec.needs_reference,
             rewards=rewards,
             pairs=pairs,
             rows=read(store, "rows"),
@@ -239,29 +243,6 @@ def _limited(pairs: pl.DataFrame, limit: int | None) -> pl.DataFrame:
         return pairs
     kept = sorted(pairs["pair_id"], key=partial(unit_interval, salt="limit"))[:limit]
     return pairs.filter(pl.col("pair_id").is_in(kept))
-
-
-def _scored_by(plan: Plan, store: Store, name: str) -> tuple[ModelConfig, Checkpoint]:
-    """The checkpoint behind a name: a model's, or the policy an objective has trained."""
-    if name in plan.models:
-        return plan.models[name], resolve(plan.models[name], store)
-    objective: ObjectiveConfig = plan.objectives[name]
-    config = plan.models[objective.start]
-    directory = store.policies / _policy_id(store, name)
-    if not directory.exists():
-        raise StoreError(f"{directory}: the policy of objective '{name}' is missing; train it")
-    return config, Checkpoint(resolve(config, store).path, directory)
-
-
-def key_of(plan: Plan, store: Store, name: str) -> tuple[ScorerKey, Checkpoint]:
-    """Who scores under a name: a model, or an objective's policy; and its checkpoint."""
-    config, checkpoint = _scored_by(plan, store, name)
-    return scorer_key(store, config, checkpoint), checkpoint
-
-
-def _policy_id(store: Store, name: str) -> str:
-    pointer = current_snapshot(store, f"policies/{name}", ".json").path
-    return str(json.loads(pointer.read_text())["policy_id"])
 
 
 def _noise_floor(*keys: ScorerKey) -> float | None:

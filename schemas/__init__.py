@@ -4,7 +4,13 @@ from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema, requi
 from schemas.intake import InputRow, PairCandidate, PreferencePair, QuarantinedRow
 from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
-from schemas.sequences import PairSequence, Sequence, Tokenization, UntokenizedPair
+from schemas.sequences import (
+    KlSequence,
+    PairSequence,
+    Sequence,
+    Tokenization,
+    UntokenizedPair,
+)
 from schemas.training import TrainingStep
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "SPANS",
     "TOKEN_IDS",
     "InputRow",
+    "KlSequence",
     "LogProb",
     "PairCandidate",
     "PairSequence",

@@ -1,8 +1,12 @@
 """Tables of the tokenisation: token ids once per distinct sequence, and the pairs' way to them."""
 
+from typing import ClassVar
+
 import pandera.polars as pa
 
 from schemas.base import ID, SPANS, TOKEN_IDS, Table
+
+SIDES = ["chosen", "rejected"]
 
 
 class Tokenization(Table):
@@ -48,6 +52,33 @@ class PairSequence(Table):
     control_tokens: int = pa.Field(
         ge=0, description="Control-token strings found inside the messages' text."
     )
+
+
+class KlSequence(Table):
+    """One row is a mismatched reply: a row of training data answered by another row's reply.
+
+    A pair is two rows, its chosen and its rejected side. The mean log-ratio over such replies
+    estimates how far a policy is from its reference (KTO's reference point). The sequence itself is
+    the prompt of `prompt_of` and the reply of `completion_of`, cut where the two are too long.
+    """
+
+    tokenization_id: str = pa.Field(str_matches=ID)
+    pair_id: str = pa.Field(str_matches=ID)
+    side: str = pa.Field(isin=SIDES)
+    step: int | None = pa.Field(
+        nullable=True, ge=1, description="The optimiser step it is for; null for every step."
+    )
+    partner_id: str = pa.Field(str_matches=ID, description="The pair whose reply it is.")
+    partner_side: str = pa.Field(isin=SIDES)
+    prompt_of: str = pa.Field(str_matches=ID, description="A sequence with the row's prompt.")
+    completion_of: str = pa.Field(str_matches=ID, description="The sequence with the reply.")
+    n_completion: int = pa.Field(ge=1, description="Tokens of the reply that are left.")
+    sequence_id: str = pa.Field(str_matches=ID)
+
+    class Config(Table.Config):
+        """A row has one partner in a step."""
+
+        unique: ClassVar[list[str]] = ["pair_id", "side", "step"]
 
 
 class UntokenizedPair(Table):

@@ -10,8 +10,9 @@ from schemas.base import ID, Table
 class TrainingStep(Table):
     """One row is an optimiser step; names are TRL's. Rewards are beta times nats, logps nats.
 
-    Each number is of the step's batch *before* its update. A tie counts half in
-    `rewards/accuracies` (in TRL it counts as wrong).
+    Each number is of the step's batch *before* its update. A reward is beta times the log-ratio;
+    for a loss without reference it is its own score. A tie counts half in `rewards/accuracies`
+    (in TRL it counts as wrong).
     """
 
     policy_id: str = pa.Field(str_matches=ID)
@@ -24,6 +25,12 @@ class TrainingStep(Table):
     rewards_accuracies: Series[pl.Float64] = pa.Field(alias="rewards/accuracies", ge=0, le=1)
     logps_chosen: Series[pl.Float64] = pa.Field(alias="logps/chosen")
     logps_rejected: Series[pl.Float64] = pa.Field(alias="logps/rejected")
+    kl: float | None = pa.Field(
+        nullable=True,
+        ge=0,
+        description="Mean log-ratio of the step's mismatched replies, nats, at least 0; null for "
+        "a loss that needs none.",
+    )
     grad_norm: float = pa.Field(ge=0)
     learning_rate: float = pa.Field(ge=0)
     num_tokens: int = pa.Field(ge=1, description="Tokens seen since the start, prompts included.")

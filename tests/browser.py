@@ -16,8 +16,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from pipeline.names import store_of
 from pipeline.plan import load_plan
-from pipeline.stages import store_of
 from pipeline.store import current_snapshot
 
 PROJECT = Path(__file__).resolve().parent.parent

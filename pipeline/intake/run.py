@@ -97,13 +97,15 @@ def sources_digest(plan: Plan) -> str:
     return content_id(
         "sources",
         {
-            name: [[config.shape, file, file_digest(path)] for file, path in _files(name, config)]
+            name: [
+                [config.shape, file, file_digest(path)] for file, path in source_files(name, config)
+            ]
             for name, config in everything.items()
         },
     )
 
 
-def _files(name: str, config: SourceConfig) -> list[tuple[str, Path]]:
+def source_files(name: str, config: SourceConfig) -> list[tuple[str, Path]]:
     """A source's files, each with the name the tables give it."""
     if config.path.is_file():
         return [(config.path.name, config.path)]
@@ -121,7 +123,7 @@ def _files(name: str, config: SourceConfig) -> list[tuple[str, Path]]:
 
 def _chunks(name: str, config: SourceConfig) -> Iterator[list[tuple[str, RawRow]]]:
     chunk: list[tuple[str, RawRow]] = []
-    for file, path in _files(name, config):
+    for file, path in source_files(name, config):
         for row in frame_rows(path):
             chunk.append((file, row))
             if len(chunk) == _CHUNK_ROWS:

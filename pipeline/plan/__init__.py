@@ -5,6 +5,7 @@ from pipeline.plan.sections import (
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,
+    ParityConfig,
     Plan,
     ReportConfig,
     ScoringConfig,
@@ -12,12 +13,14 @@ from pipeline.plan.sections import (
     SplitConfig,
     TokenizationConfig,
     TrainingConfig,
+    VllmConfig,
 )
 
 __all__ = [
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "ParityConfig",
     "Plan",
     "ReportConfig",
     "ScoringConfig",
@@ -25,6 +28,7 @@ __all__ = [
     "SplitConfig",
     "TokenizationConfig",
     "TrainingConfig",
+    "VllmConfig",
     "environment_overrides",
     "load_plan",
 ]

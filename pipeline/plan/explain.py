@@ -15,7 +15,7 @@ def explain(error: ValidationError, path: Path, origins: Mapping[str, str]) -> s
     for problem in error.errors():
         context = problem.get("ctx", {})
         location = _location(problem["loc"])
-        key = context.get("key") or ".".join(location)
+        key = ".".join([*location, *([context["key"]] if "key" in context else [])])
         named = [origin for k, origin in origins.items() if f"{key}.".startswith(f"{k}.")]
         message = _message(problem["type"], problem["msg"], problem["input"], location)
         lines.append(f"{named[-1] if named else path}: {key}: {message}")

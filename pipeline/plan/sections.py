@@ -72,23 +72,74 @@ class SplitConfig(_Section):
     salt: str = Field(default="logratio", min_length=1, max_length=64)
 
 
+class VllmConfig(_Section):
+    """How vLLM runs a model; torch does not read it."""
+
+    head_dtype: Literal["float32", "model"] = Field(
+        default="float32", description="Of the logits; `model` is the body's dtype."
+    )
+    prefix_reuse: bool = Field(
+        default=True, description="Compute a prompt once for all its completions."
+    )
+    block_size: int | None = Field(
+        default=None, ge=1, description="Tokens per cache block; null: 32 on a CPU, 16 elsewhere."
+    )
+    attention_backend: str | None = Field(default=None, description="null: vLLM's own choice.")
+    enforce_eager: bool = True
+    tensor_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel: int = Field(default=1, ge=1)
+    max_batched_tokens: int = Field(default=8192, ge=64, description="Per step of the engine.")
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
+    cpu_kv_cache_gib: float = Field(default=2.0, gt=0, description="On a CPU only.")
+
+
 class ModelConfig(_Section):
     """A checkpoint (directory, hub id or `packaged:smollm2-135m-instruct`) and its numerics."""
 
     checkpoint: str = Field(min_length=1)
     adapter: Path | None = None
-    engine: Literal["torch"] = "torch"
+    engine: Literal["auto", "torch", "vllm"] = Field(
+        default="auto", description="auto: vLLM where CUDA is, torch elsewhere."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    vllm: VllmConfig = VllmConfig()
 
 
 class ObjectiveConfig(_Section):
-    """A loss with its values, the reference it is measured against and the model it starts from."""
+    """A loss with its values, the reference it is measured against and the model it starts from.
+
+    Values a plan leaves out are the loss's own (`pipeline.losses`); values it does not use are
+    refused. A loss without a reference is still reported against one: by default, its start.
+    """
 
     loss: str
-    beta: float = Field(default=0.1, gt=0)
+    beta: float | None = Field(default=None, gt=0)
+    gamma: float | None = Field(default=None, ge=0, description="SimPO's, absolute.")
+    desirable_weight: float | None = Field(default=None, gt=0, description="KTO's, of chosen.")
+    undesirable_weight: float | None = Field(default=None, gt=0, description="KTO's, of rejected.")
+    kl_partner: Literal["ring", "batch_rotation"] | None = Field(
+        default=None, description="Where KTO's mismatched replies come from."
+    )
     reference: Name
     start: Name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_loss_has_it(cls, given: Any) -> Any:
+        spec = losses.REGISTRY.get(given.get("loss", "")) if isinstance(given, dict) else None
+        if spec is None:
+            return given
+        said = {key: value for key, value in given.items() if value is not None}
+        default: dict[str, Any] = dict(spec.defaults)
+        if spec.needs_kl:
+            default["kl_partner"] = "ring"
+        for key in ("beta", "gamma", "desirable_weight", "undesirable_weight", "kl_partner"):
+            if key in said and key not in default:
+                raise _fault(key, f"the loss {spec.name} has none; it has {', '.join(default)}")
+        if not spec.needs_reference and "start" in said:
+            default["reference"] = said["start"]
+        return {**default, **said}
 
     @field_validator("loss")
     @classmethod
@@ -96,6 +147,23 @@ class ObjectiveConfig(_Section):
         if loss not in losses.REGISTRY:
             raise ValueError(f"'{loss}' is not one of {', '.join(losses.REGISTRY)}")
         return loss
+
+    @property
+    def spec(self) -> losses.LossSpec:
+        """The loss as the registry has it."""
+        return losses.REGISTRY[self.loss]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The loss's parameters by name."""
+        return {name: getattr(self, name) for name in self.spec.defaults}
+
+    def __str__(self) -> str:
+        """For instance `ipo, beta 0.1, target 5 nats`."""
+        said = [self.loss, *(f"{name} {value:g}" for name, value in self.values.items())]
+        if (target := self.spec.target(self.values)) is not None:
+            said.append(f"target {target}")
+        return ", ".join(said)
 
 
 class LoraConfig(_Section):
@@ -118,21 +186,53 @@ class TrainingConfig(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     seed: int = Field(default=0, ge=0)
+    reference_correction: Literal["auto", "never"] = Field(
+        default="auto",
+        description="Whether a reference scored in other numerics than the trainer's is brought "
+        "into the trainer's, or refused.",
+    )
     lora: LoraConfig = LoraConfig()
+
+
+class ParityConfig(_Section):
+    """A second engine that scores some pairs again, so that a check can compare the rewards."""
+
+    engine: Literal["torch", "vllm"]
+    split: Literal["train", "test", "evaluation"] = "test"
+    max_pairs: int | None = Field(default=None, ge=1, description="The first by their ids' hash.")
+    tolerance: float | None = Field(
+        default=None, gt=0, description="Nats per sequence; null: 5e-3 in float32, 1.0 in half."
+    )
+
+    def allowed(self, dtype: str) -> float:
+        """What the two engines' log-ratios of one sequence may differ by, nats."""
+        return self.tolerance or (5e-3 if dtype == "float32" else 1.0)
 
 
 class ScoringConfig(_Section):
     """How scoring is cut up and checked. Nothing here changes an id."""
 
-    commit_rows: int = Field(default=64, ge=1, description="Sequences per committed part.")
-    batch_tokens: int = Field(
-        default=0, ge=0, description="Tokens per forward pass; 0: one sequence (a CPU's best)."
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Processes that score side by side; null: one per GPU (or parallel group), "
+        "one on a CPU.",
+    )
+    commit_rows: int | None = Field(
+        default=None, ge=1, description="Sequences per committed part; null: 64, on a GPU 2048."
+    )
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Tokens per forward pass, 0: one sequence; null: 0 for torch on a CPU (its "
+        "best), 8192 elsewhere. vLLM batches by itself, and knows only 0 and more than 0.",
     )
     null_test: Literal["when_scored", "always"] = "when_scored"
     null_test_rows: int = Field(default=8, ge=1)
     null_test_tolerance: float | None = Field(
         default=None, gt=0, description="Nats per sequence; by dtype where null."
     )
+    parity: ParityConfig | None = None
 
     def tolerance(self, dtype: str) -> float:
         """What two scores of one sequence may differ by, nats.
@@ -167,6 +267,12 @@ class Plan(_Section):
     training: TrainingConfig = TrainingConfig()
     scoring: ScoringConfig = ScoringConfig()
     report: ReportConfig = ReportConfig()
+    model_steps: int = Field(
+        default=1,
+        ge=1,
+        description="Steps of a run that may hold a model at one time. On a CPU they share its "
+        "cores, which small models use better one by one.",
+    )
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
     """Paths after `load_plan` has resolved them, and as the plan writes them."""
 

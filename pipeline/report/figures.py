@@ -110,7 +110,12 @@ def thinned(steps: pl.DataFrame) -> tuple[pl.DataFrame, int]:
 def shows_ln2(curve: pl.DataFrame) -> bool:
     """Whether the loss is on a scale where ln 2 says something (logistic losses)."""
     losses = curve["loss"].drop_nulls().to_list()
-    return bool(losses) and 0 <= min(losses) <= 4 * LN2
+    return bool(losses) and is_logistic(min(losses))
+
+
+def is_logistic(loss: float | None) -> bool:
+    """Whether a loss is of the size of logistic ones."""
+    return loss is not None and 0 <= loss <= 4 * LN2
 
 
 def _histogram(histogram: dict[str, Any], look: _Look) -> Figure:

@@ -31,6 +31,7 @@ class ReportInput:
         provenance: what identifies the run, as text.
         noise_floor: the largest difference, in nats, between two log-probs of one sequence scored
             in other batches; None when it was not measured.
+        has_reference: whether the loss has one; the rewards always have.
         n_left_out: pairs the plan leaves out on purpose (`limit_pairs`).
     """
 
@@ -46,6 +47,7 @@ class ReportInput:
     training_steps: pl.DataFrame
     provenance: Mapping[str, str]
     noise_floor: float | None
+    has_reference: bool = True
     n_left_out: int = 0
 
 

@@ -8,7 +8,7 @@ import polars as pl
 
 from pipeline.report.histogram import margin_histogram
 from pipeline.report.inputs import ReportInput, finite_rows, ordered
-from pipeline.rewards import accuracy
+from pipeline.rewards import accuracy, correct
 from schemas.intake import DISPOSITIONS, SPLITS
 
 _STEP_NUMBERS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen")
@@ -52,7 +52,7 @@ def report_numbers(inp: ReportInput) -> dict[str, Any]:
         "categories": _categories(
             rewards if held_out is None else rewards.filter(split=held_out), inp.pairs
         ),
-        "training": _training_numbers(inp.training_steps, noise["margin"]),
+        "training": _training_numbers(inp.training_steps, noise["margin"], inp.has_reference),
         "noise": noise,
         "histogram": margin_histogram(
             {name: rewards.filter(split=name)["margin"].to_numpy() for name in SPLITS}
@@ -132,6 +132,11 @@ def _split_numbers(rewards: pl.DataFrame, noise_margin: float | None) -> dict[st
         "accuracy": agreed.mean,
         "accuracy_low": agreed.low,
         "accuracy_high": agreed.high,
+        "own_score_accuracy": _mean(
+            rewards.select(
+                correct(pl.col("objective_score_chosen") - pl.col("objective_score_rejected"))
+            ).to_series()
+        ),
         "length_only_accuracy": _mean(longer),
         "margin_mean": _mean(rewards["margin"]),
         "margin_median": _quantile(rewards["margin"], 0.5),
@@ -181,10 +186,14 @@ def _category(meta: str | None) -> str | None:
     return category if isinstance(category, str) else None
 
 
-def _training_numbers(steps: pl.DataFrame, noise_margin: float | None) -> dict[str, Any] | None:
+def _training_numbers(
+    steps: pl.DataFrame, noise_margin: float | None, has_reference: bool
+) -> dict[str, Any] | None:
     """First and last step; both are of a batch before its update."""
     if steps.is_empty():
         return None
+    if steps["kl"].null_count() == steps.height:  # a loss that needs none
+        steps = steps.drop("kl")
     first, last = (
         {"step": row["step"], **{name: _finite(row[name]) for name in _STEP_NUMBERS}}
         for row in (steps.row(0, named=True), steps.row(-1, named=True))
@@ -196,7 +205,9 @@ def _training_numbers(steps: pl.DataFrame, noise_margin: float | None) -> dict[s
         "last": last,
         "starts_at_reference": _start(
             first["rewards/margins"], first["rewards/accuracies"], noise_margin
-        ),
+        )
+        if has_reference
+        else "has_none",
     }
 
 

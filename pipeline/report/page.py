@@ -154,6 +154,7 @@ def _start_verdict(training: dict[str, Any] | None) -> dict[str, str]:
         "exactly": ("is the reference", "pass"),
         "within_noise": ("is the reference, within noise", "pass"),
         "no": ("is not the reference", "info"),
+        "has_none": ("the loss has no reference", "info"),
     }[training["starts_at_reference"]]
     return {
         "name": "Start",
@@ -161,7 +162,8 @@ def _start_verdict(training: dict[str, Any] | None) -> dict[str, str]:
         "state": state,
         "note": f"before the first update: margin {number(first['rewards/margins'], 4)}, "
         f"accuracy {number(first['rewards/accuracies'], 2)} (all ties give 0.5), "
-        f"loss {number(first['loss'], 4)} (ln 2 = 0.6931)",
+        f"loss {number(first['loss'], 4)}"
+        + (" (ln 2 = 0.6931)" if figures.is_logistic(first["loss"]) else ""),
     }
 
 

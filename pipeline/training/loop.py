@@ -1,5 +1,6 @@
 """The training loop: LoRA over the start model, the reference read from the tables."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -9,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from pipeline import losses
 from pipeline.errors import TrainingError
 from pipeline.losses import PairBatch
 from pipeline.models import Checkpoint, load_model
 from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
 from pipeline.progress import progress
-from pipeline.scoring.engine import Completion, sequence_sum
-from pipeline.scoring.forward import token_logprobs
-from pipeline.scoring.torch_engine import torch_device
+from pipeline.scoring.engines.base import Completion, sequence_sum
+from pipeline.scoring.engines.forward import token_logprobs
+from pipeline.scoring.engines.torch_engine import torch_device
 from pipeline.training.batches import TrainingPair, schedule_of, steps_per_epoch
 from schemas import TrainingStep, polars_schema
 
@@ -79,9 +79,9 @@ def train(
 
     Args:
         name: the objective's, for the progress bar.
-        objective: loss and beta.
+        objective: loss and its values.
         config: optimiser and schedule.
-        start_config: dtype and attention, which must be those the reference was scored in.
+        start_config: dtype and attention, the numerics the reference's values are in.
         start: the model to start from.
         pairs: what to train on, with the reference's log-probs.
         start_logprobs: the ledger's rows of the start model, for the first-step gate.
@@ -108,20 +108,21 @@ def train(
         num_training_steps=len(schedule),
     )
     table = dict(start_logprobs.select("sequence_id", "logprob").iter_rows())
-    per_epoch = steps_per_epoch(pairs, config)
+    per_epoch = steps_per_epoch(len(pairs), config)
     rows: list[dict[str, Any]] = []
     first: FirstStep | None = None
     with progress(f"train {name}", sum(len(batch) for batch in schedule), "pairs") as bar:
         for step, batch in enumerate(schedule, start=1):
             seen = []
+            statistics = _statistics(model, batch, step, objective, bar.advance)
             for pair in batch:
-                seen.append(_backward(model, pair, objective, len(batch)))
+                seen.append(_backward(model, pair, objective, statistics, len(batch)))
                 bar.advance(1, pair.n_tokens)
             metrics = _means(seen)
             if first is None:
                 first = _first_step(batch, seen, table, tolerance)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-            _require_finite(step, {**metrics, "grad_norm": norm})
+            _require_finite(step, {**metrics, **statistics, "grad_norm": norm})
             rate = scheduler.get_last_lr()[0]
             optimiser.step()
             scheduler.step()
@@ -131,6 +132,7 @@ def train(
                     "step": step,
                     "epoch": step / per_epoch,
                     **metrics,
+                    "kl": statistics.get("kl"),
                     "grad_norm": norm,
                     "learning_rate": rate,
                     "num_tokens": bar.n_tokens,
@@ -166,24 +168,64 @@ def _with_adapter(
         raise TrainingError(f"no adapter can be put on {start.path}: {error}") from error
 
 
+def _statistics(
+    model: "PreTrainedModel",
+    batch: list[TrainingPair],
+    step: int,
+    objective: ObjectiveConfig,
+    report: Callable[[int, int], None],
+) -> dict[str, float]:
+    """What the loss must know of the whole step, before its update and without a gradient.
+
+    `kl`: the mean log-ratio of the step's mismatched replies, nats, at least 0 (arXiv 2402.01306,
+    section 4.1). Over the step, so that it does not depend on how the step is cut into passes.
+    """
+    import torch
+
+    if not objective.spec.needs_kl:
+        return {}
+    ratios = []
+    with torch.no_grad():
+        for pair in batch:
+            for reply in pair.mismatched_in(step):
+                logprob = _sequence_logprob(model, pair.prompt_ids, reply.completion)
+                ratios.append(logprob.item() - reply.reference)
+                report(0, len(pair.prompt_ids) + len(reply.completion.ids))
+    if not ratios:
+        raise TrainingError(f"step {step}: {objective.loss} needs mismatched replies, and has none")
+    # In this order, so that NaN stays NaN and is refused.
+    return {"kl": max(math.fsum(ratios) / len(ratios), 0.0)}
+
+
 def _backward(
-    model: "PreTrainedModel", pair: TrainingPair, objective: ObjectiveConfig, n_pairs: int
+    model: "PreTrainedModel",
+    pair: TrainingPair,
+    objective: ObjectiveConfig,
+    statistics: Mapping[str, float],
+    n_pairs: int,
 ) -> dict[str, float]:
     """Add one pair's share of the step's gradient; returns its numbers before the update."""
     import torch
 
+    spec, values = objective.spec, objective.values
     # Each side alone, as the engine scores it: the same shapes give the same bits at step 0.
-    sides = [_sequence_logprob(model, pair.prompt_ids, c) for c in (pair.chosen, pair.rejected)]
-    chosen, rejected = sides
-    reference = torch.tensor(
-        [pair.reference_chosen, pair.reference_rejected], dtype=torch.float64, device=chosen.device
-    )
-    batch = PairBatch(chosen[None], rejected[None], reference[None, 0], reference[None, 1])
-    loss = losses.REGISTRY[objective.loss].loss(batch, objective.beta)[0]
+    completions = (pair.chosen, pair.rejected)
+    sides = [_sequence_logprob(model, pair.prompt_ids, c) for c in completions]
+    references = (pair.reference_chosen, pair.reference_rejected)
+    lengths = [float(len(completion.scored)) for completion in completions]
+    constants = torch.tensor(
+        [*references, *lengths], dtype=torch.float64, device=sides[0].device
+    ).unbind()
+    batch = PairBatch(*[number[None] for number in (*sides, *constants)])
+    loss = spec.loss(batch, values, statistics)[0]
     torch.autograd.backward(loss / n_pairs)
+    chosen, rejected = (side.item() for side in sides)
     rewards = [
-        objective.beta * (side.item() - ref.item())
-        for side, ref in zip(sides, reference, strict=True)
+        # As TRL logs them: beta x log-ratio whatever the loss's own scale, if it has a reference.
+        values["beta"] * (logprob - reference)
+        if spec.needs_reference
+        else float(spec.score(logprob, logprob, length, values))
+        for logprob, reference, length in zip((chosen, rejected), references, lengths, strict=True)
     ]
     margin = rewards[0] - rewards[1]
     return {
@@ -192,8 +234,8 @@ def _backward(
         "rewards/rejected": rewards[1],
         "rewards/margins": margin,
         "rewards/accuracies": 0.5 * ((margin > 0) + (margin >= 0)),
-        "logps/chosen": chosen.item(),
-        "logps/rejected": rejected.item(),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
     }
 
 

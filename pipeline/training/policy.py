@@ -12,14 +12,14 @@ from pipeline.errors import TrainingError
 from pipeline.ids import content_id
 from pipeline.models import Checkpoint, publish_directory
 from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
-from pipeline.scoring.engine import Numerics
 from pipeline.scoring.ledger import ScorerKey
 from pipeline.store import Store, checked, file_digest, read_snapshot, write_parquet
 from pipeline.training.batches import TrainingPair, values_digest
+from pipeline.training.correction import Correction
 from pipeline.training.loop import FirstStep, Trained, train
 from schemas import TrainingStep
 
-TRAINER_VERSION = 1
+TRAINER_VERSION = 2
 """Raised when the same inputs would give other weights."""
 
 
@@ -32,26 +32,36 @@ class PolicyResult:
     trained: bool
     steps: pl.DataFrame
     first_step: FirstStep
+    correction: Correction | None
 
 
 def policy_id(
     start: ScorerKey,
-    reference: ScorerKey,
+    reference: ScorerKey | None,
     objective: ObjectiveConfig,
     config: TrainingConfig,
     pairs: list[TrainingPair],
 ) -> str:
-    """Content id of everything that decides the weights; equal ids train once."""
+    """Content id of everything that decides the weights; equal ids train once.
+
+    Args:
+        start: the start model in the trainer's numerics.
+        reference: the reference as it was scored; None for a loss that has none.
+        objective: the loss and its values.
+        config: optimiser and schedule.
+        pairs: what is trained on, with the reference's values as they are used.
+    """
     return content_id(
         "policy",
         {
             "start": start.model.model_id,
             "trainer_numerics": start.numerics.numerics_id,
-            "reference": reference.model.model_id,
-            "reference_numerics": reference.numerics.numerics_id,
+            "reference": reference and reference.model.model_id,
+            "reference_numerics": reference and reference.numerics.numerics_id,
             "values": values_digest(pairs),
-            "objective": {"loss": objective.loss, "beta": objective.beta},
-            "training": config.model_dump(),
+            "objective": {"loss": objective.loss, "values": objective.values},
+            # Whether a reference was corrected shows in its values.
+            "training": config.model_dump(exclude={"reference_correction"}),
             "version": TRAINER_VERSION,
         },
     )
@@ -65,10 +75,11 @@ def train_policy(
     start_config: ModelConfig,
     start: Checkpoint,
     start_key: ScorerKey,
-    reference_key: ScorerKey,
+    reference_key: ScorerKey | None,
     pairs: list[TrainingPair],
     start_logprobs: pl.DataFrame,
     tolerance: float,
+    correction: Correction | None,
 ) -> PolicyResult:
     """Train the objective's policy, or find it trained.
 
@@ -76,10 +87,9 @@ def train_policy(
     the tokeniser, the training steps, and `policy.json` with what it came from.
 
     Raises:
-        TrainingError: the reference's numerics are not the trainer's, the first step does not
-            agree with the tables, or a loss or gradient is not finite.
+        TrainingError: the first step does not agree with the tables, or a loss or gradient is not
+            finite.
     """
-    _require_comparable(reference_key.numerics, start_key.numerics, objective)
     if start.adapter is not None:
         raise TrainingError(
             f"objective '{name}': its start '{objective.start}' is an adapter; merge it first "
@@ -91,18 +101,9 @@ def train_policy(
         trained = train(
             name, objective, config, start_config, start, pairs, start_logprobs, tolerance
         )
-        _save(store, final, identifier, name, objective, config, start, trained)
+        _save(store, final, identifier, name, objective, config, start, trained, correction)
         return _load(final, identifier, trained=True)
     return _load(final, identifier, trained=False)
-
-
-def _require_comparable(reference: Numerics, trainer: Numerics, objective: ObjectiveConfig) -> None:
-    """Subtracting log-probs of two numerics would bake a fixed error per pair into training."""
-    if not reference.comparable(trainer):
-        raise TrainingError(
-            f"the reference '{objective.reference}' was scored in other numerics than the trainer "
-            f"uses: {reference} against {trainer}; give both models the same dtype and attention"
-        )
 
 
 def _save(
@@ -114,6 +115,7 @@ def _save(
     config: TrainingConfig,
     start: Checkpoint,
     trained: Trained,
+    correction: Correction | None,
 ) -> None:
     temporary = store.policies / f".{uuid.uuid4().hex}.tmp"
     temporary.mkdir(parents=True)
@@ -132,6 +134,7 @@ def _save(
             "training": config.model_dump(),
             "start": str(start.path),
             "first_step": trained.first_step.to_dict(),
+            "reference_correction": correction and correction.to_dict(),
             "steps_blake3": file_digest(temporary / "training_steps.parquet"),
         }
         (temporary / "policy.json").write_text(json.dumps(record, indent=2, sort_keys=True))
@@ -145,4 +148,12 @@ def _load(directory: Path, identifier: str, *, trained: bool) -> PolicyResult:
     steps = read_snapshot(
         directory / "training_steps.parquet", "training_steps", record["steps_blake3"]
     )
-    return PolicyResult(identifier, directory, trained, steps, FirstStep(**record["first_step"]))
+    corrected = record["reference_correction"]
+    return PolicyResult(
+        identifier,
+        directory,
+        trained,
+        steps,
+        FirstStep(**record["first_step"]),
+        corrected and Correction(**corrected),
+    )

@@ -3,7 +3,8 @@
 import yaml
 from support import PROJECT
 
-from pipeline.plan import ModelConfig, Plan, SourceConfig, load_plan
+from pipeline.losses import REGISTRY
+from pipeline.plan import ModelConfig, ObjectiveConfig, Plan, SourceConfig, load_plan
 
 
 def test_the_template_shows_every_key_with_its_default() -> None:
@@ -11,7 +12,17 @@ def test_the_template_shows_every_key_with_its_default() -> None:
     said = yaml.safe_load(template.read_text())
     plan = load_plan(template, environment={})
     given = plan.model_dump(mode="json", exclude={"store", "sources", "models"})
-    assert {k: v for k, v in said.items() if k in given} == given
+    assert {k: v for k, v in said.items() if k in given and k != "objectives"} == {
+        k: v for k, v in given.items() if k != "objectives"
+    }
+    # A loss has only its own values; all of them together show every key, and every loss.
+    objectives = [
+        {k: v for k, v in values.items() if v is not None}
+        for values in given["objectives"].values()
+    ]
+    assert list(said["objectives"].values()) == objectives
+    assert {key for values in objectives for key in values} == ObjectiveConfig.model_fields.keys()
+    assert {values["loss"] for values in objectives} == REGISTRY.keys()
     assert said["sources"]["pairs"].keys() == SourceConfig.model_fields.keys()
     assert said["models"]["sft"].keys() == ModelConfig.model_fields.keys()
     for section in ("split", "tokenization", "training", "scoring", "report"):

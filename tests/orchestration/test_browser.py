@@ -7,8 +7,8 @@ import pytest
 from browser import chromium, dagster_ui, show_graph
 
 from assets.cli import main
+from pipeline.names import store_of
 from pipeline.plan import load_plan
-from pipeline.stages import store_of
 from pipeline.store import current_snapshot
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ from support import PROJECT, build_tiny_model
 
 from assets.cli import main
 from assets.definitions import defs, plan_definitions, plan_files
+from pipeline.names import store_of
 from pipeline.plan import load_plan
-from pipeline.stages import store_of
 from pipeline.store import current_snapshot, read
 
 WritePlan = Any
@@ -47,22 +47,31 @@ def test_the_demo_graph() -> None:
         "/".join(key.path[1:]): sorted("/".join(p.path[1:]) for p in graph.get(key).parent_keys)
         for key in graph.get_all_asset_keys()
     }
-    assert edges == {
+    expected = {
         "raw_preferences": [],
         "preference_pairs": ["raw_preferences"],
         "quarantined_rows": ["raw_preferences"],
         "sequences": ["preference_pairs"],
         "logprobs_smollm2": ["sequences"],
-        "policy_dpo": ["logprobs_smollm2", "preference_pairs", "sequences"],
-        "logprobs_dpo": ["policy_dpo", "sequences"],
-        "implicit_rewards_dpo": [
-            *("logprobs_dpo", "logprobs_smollm2", "policy_dpo"),
-            *("preference_pairs", "sequences"),
-        ],
-        "reward_report_dpo": [
-            *("implicit_rewards_dpo", "policy_dpo", "preference_pairs", "quarantined_rows"),
-        ],
     }
+    for name in ("dpo", "ipo", "simpo", "kto"):
+        rewards = f"implicit_rewards_{name}"
+        expected |= {
+            f"policy_{name}": ["logprobs_smollm2", "preference_pairs", "sequences"],
+            f"logprobs_{name}": [f"policy_{name}", "sequences"],
+            rewards: sorted(
+                [
+                    *(f"logprobs_{name}", "logprobs_smollm2", f"policy_{name}"),
+                    *("preference_pairs", "sequences"),
+                ]
+            ),
+            f"reward_report_{name}": sorted(
+                [rewards, f"policy_{name}", "preference_pairs", "quarantined_rows"]
+            ),
+        }
+    assert edges == expected
+    checks = {key.name for key in graph.asset_check_keys if "implicit" in str(key.asset_key)}
+    assert checks == {"every_tokenised_pair_has_a_reward", "engines_agree"}
 
 
 def test_the_workspace_loads_from_any_folder(tmp_path: Path) -> None:
@@ -138,7 +147,7 @@ def test_a_second_run_computes_nothing(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("pipeline.scoring.torch_engine.load_model", fail)
+    monkeypatch.setattr("pipeline.scoring.engines.torch_engine.load_model", fail)
     monkeypatch.setattr("pipeline.training.loop.load_model", fail)
     again = run(path, instance)
     assert again.success
@@ -225,6 +234,8 @@ def test_the_command_line_runs_a_plan_in_processes_and_says_what_it_did(
     path = write_plan()
     assert main(["run", str(path)]) == 0
     first = capfd.readouterr()
+    assert first.out.startswith("plan 'tiny': about 12 pairs; ")
+    assert "objective  dpo: dpo, beta 0.1" in first.out
     assert "base: 24 rows scored, 0 reused, model loaded" in first.out
     assert "accuracy at step 1 0.5" in first.out
     assert "held-out pairs, 95 % interval" in first.out

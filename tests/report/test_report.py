@@ -54,6 +54,8 @@ def test_split_numbers_match_duckdb(split: str, tmp_path: Path) -> None:
         f"""
         SELECT count(*), count(DISTINCT prompt_id), sum((margin = 0)::int),
             avg(CASE WHEN margin > 0 THEN 1 WHEN margin = 0 THEN 0.5 ELSE 0 END),
+            avg(CASE WHEN objective_score_chosen > objective_score_rejected THEN 1
+                WHEN objective_score_chosen = objective_score_rejected THEN 0.5 ELSE 0 END),
             avg(CASE WHEN n_chosen > n_rejected THEN 1 WHEN n_chosen = n_rejected THEN 0.5
                 ELSE 0 END),
             avg(margin), quantile_cont(margin, 0.5), quantile_cont(margin, 0.05),

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.names import store_of
 from pipeline.plan import load_plan
-from pipeline.stages import store_of
 from pipeline.store import current_snapshot
 
 STAGES = """
@@ -18,10 +18,11 @@ import json, sys
 from pathlib import Path
 from pipeline import stages
 from pipeline.intake import run_intake
+from pipeline.names import store_of
 from pipeline.plan import load_plan
 
 plan = load_plan(Path(sys.argv[1]), sys.argv[2:])
-store = stages.store_of(plan)
+store = store_of(plan)
 run_intake(plan, store)
 stages.tokenize(plan, store)
 scored = {"base": stages.score(plan, store, "base").n_scored}

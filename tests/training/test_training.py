@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import TrainingError
 from pipeline.intake import run_intake
 from pipeline.models import Checkpoint, load_model
+from pipeline.names import key_of, store_of
 from pipeline.plan import Plan, TrainingConfig, load_plan
-from pipeline.scoring.engine import Completion
+from pipeline.scoring.engines.base import Completion
 from pipeline.scoring.ledger import read_logprobs
-from pipeline.stages import compute_rewards, key_of, score, store_of, tokenize, train
+from pipeline.stages import compute_rewards, score, tokenize, train
 from pipeline.store import Store, read
 from pipeline.training.batches import TrainingPair, schedule_of, training_pairs, values_digest
 from pipeline.training.loop import _backward, _with_adapter
@@ -91,8 +92,8 @@ def test_gradients_equal_autograd_in_float64(write_plan: WritePlan) -> None:
             parameter.data = torch.randn_like(parameter) * 0.05
         twins[name].data = parameter.data.double()
     for pair in pairs:
-        _backward(single, pair, objective, len(pairs))
-    losses = [written_out(double, pair, objective.beta) for pair in pairs]
+        _backward(single, pair, objective, {}, len(pairs))
+    losses = [written_out(double, pair, objective.values["beta"]) for pair in pairs]
     torch.autograd.backward(torch.stack(losses).mean())
     mine, oracle = (
         {n: p.grad.double() for n, p in m.named_parameters() if p.grad is not None}
@@ -222,7 +223,8 @@ def test_other_numerics_are_refused(write_plan: WritePlan, tiny_model: Path) -> 
         "half": {"checkpoint": str(tiny_model), "dtype": "bfloat16"},
     }
     objectives = {"dpo": {"loss": "dpo", "beta": 0.1, "reference": "half", "start": "base"}}
-    plan, store = prepared(write_plan(models=models, objectives=objectives))
+    never = "training.reference_correction=never"
+    plan, store = prepared(write_plan(models=models, objectives=objectives), never)
     with pytest.raises(TrainingError, match="other numerics"):
         train(plan, store, "dpo")
 

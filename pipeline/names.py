@@ -1,0 +1,67 @@
+"""What a name in a plan stands for: a model or a trained policy, how it is run, what it scores."""
+
+import json
+
+import polars as pl
+
+from pipeline.errors import StoreError
+from pipeline.models import Checkpoint, resolve
+from pipeline.plan import ModelConfig, Plan
+from pipeline.scoring.ledger import ScorerKey
+from pipeline.scoring.run import scorer_key
+from pipeline.store import Store, current_snapshot, read
+from pipeline.training.kl_rows import kl_sequences
+
+
+def store_of(plan: Plan) -> Store:
+    """Where the plan's tables are."""
+    return Store(plan.store, plan.name)
+
+
+def scored_by(plan: Plan, store: Store, name: str) -> tuple[ModelConfig, Checkpoint]:
+    """The checkpoint behind a name and how it is run: a model's, or an objective's policy.
+
+    A policy is scored in its reference's numerics, since the two are subtracted.
+
+    Raises:
+        StoreError: the policy is not trained, or its files are gone.
+    """
+    if name in plan.models:
+        return plan.models[name], resolve(plan.models[name], store)
+    objective = plan.objectives[name]
+    directory = store.policies / policy_id_of(store, name)
+    if not directory.exists():
+        raise StoreError(f"{directory}: the policy of objective '{name}' is missing; train it")
+    start = resolve(plan.models[objective.start], store)
+    return plan.models[objective.reference], Checkpoint(start.path, directory)
+
+
+def key_of(plan: Plan, store: Store, name: str) -> tuple[ScorerKey, Checkpoint]:
+    """Who scores under a name, and its checkpoint."""
+    config, checkpoint = scored_by(plan, store, name)
+    return scorer_key(store, config, checkpoint), checkpoint
+
+
+def policy_id_of(store: Store, name: str) -> str:
+    """The id of the policy an objective has trained last.
+
+    Raises:
+        StoreError: none was.
+    """
+    pointer = current_snapshot(store, f"policies/{name}", ".json").path
+    return str(json.loads(pointer.read_text())["policy_id"])
+
+
+def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
+    """What a model or policy of the plan has to score, as `schemas.Sequence`.
+
+    The reference of a loss with a KL term scores that loss's mismatched replies too; the policy
+    scores them while it is trained.
+    """
+    sequences = read(store, "sequences")
+    mismatched = [
+        kl_sequences(read(store, f"kl_sequences/{objective}"), sequences)
+        for objective, config in plan.objectives.items()
+        if config.kl_partner is not None and config.reference == name
+    ]
+    return pl.concat([sequences, *mismatched]).unique("sequence_id").sort("sequence_id")

@@ -1,0 +1,117 @@
+"""Training an objective of a plan: what its loss needs is gathered from the tables, or scored."""
+
+import polars as pl
+
+from pipeline.errors import TrainingError
+from pipeline.models import Checkpoint
+from pipeline.names import key_of, scored_by, wanted_sequences
+from pipeline.plan import ModelConfig, Plan
+from pipeline.scoring.ledger import ScorerKey, read_logprobs
+from pipeline.scoring.run import score_sequences, scorer_key
+from pipeline.store import Store, read
+from pipeline.training.batches import training_pairs
+from pipeline.training.correction import Correction, correct_reference
+from pipeline.training.policy import PolicyResult, train_policy
+
+
+def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
+    """Train the policy of an objective, or find it trained.
+
+    Raises:
+        TrainingError: the reference was scored in other numerics than the trainer's and the plan
+            does not let it be corrected; or see `train_policy`.
+    """
+    objective = plan.objectives[name]
+    # The trainer is torch, whatever engine scores the start.
+    start_config = plan.models[objective.start].model_copy(update={"engine": "torch"})
+    planned, start = key_of(plan, store, objective.start)
+    here = scorer_key(store, start_config, start)
+    start_logprobs, tolerance = read_logprobs(planned), plan.scoring.tolerance(start_config.dtype)
+    reference_key, reference, correction = None, None, None
+    if objective.spec.needs_reference:
+        reference_key, _ = key_of(plan, store, objective.reference)
+        reference = read_logprobs(reference_key)
+        if not reference_key.numerics.comparable(here.numerics):
+            reference, correction, start_logprobs = _corrected(
+                plan, store, name, start_config, start, here, reference_key, reference
+            )
+    elif not planned.numerics.comparable(here.numerics):
+        tolerance = max(tolerance, _parity_tolerance(plan, objective.start))
+    kl = read(store, f"kl_sequences/{name}") if objective.spec.needs_kl else None
+    pairs = training_pairs(
+        read(store, "pairs"),
+        read(store, "pair_sequences"),
+        wanted_sequences(plan, store, objective.reference),
+        reference,
+        kl,
+    )
+    return train_policy(
+        store,
+        name,
+        objective,
+        plan.training,
+        start_config,
+        start,
+        here,
+        reference_key,
+        pairs,
+        start_logprobs,
+        tolerance,
+        correction,
+    )
+
+
+def _corrected(
+    plan: Plan,
+    store: Store,
+    name: str,
+    start_config: ModelConfig,
+    start: Checkpoint,
+    here: ScorerKey,
+    reference_key: ScorerKey,
+    reference: pl.DataFrame,
+) -> tuple[pl.DataFrame, Correction, pl.DataFrame]:
+    """The reference's log-probs in the trainer's numerics, the correction, and the start's there.
+
+    The start is scored in both numerics, as far as the ledger lacks it: only what is trained on.
+
+    Raises:
+        TrainingError: `training.reference_correction` is `never`.
+    """
+    objective = plan.objectives[name]
+    if plan.training.reference_correction == "never":
+        raise TrainingError(
+            f"the reference '{objective.reference}' was scored in other numerics than the trainer "
+            f"uses: {reference_key.numerics} against {here.numerics}; give both models the same "
+            "dtype, engine and attention, or set training.reference_correction to auto"
+        )
+    sequences = _trained_on(plan, store, name)
+    score_sequences(
+        f"{objective.start} for training", here, start_config, start, sequences, plan.scoring
+    )
+    there_config, _ = scored_by(plan, store, objective.reference)
+    there = scorer_key(store, there_config, start)
+    score_sequences(
+        f"{objective.start} as the reference", there, there_config, start, sequences, plan.scoring
+    )
+    start_here = read_logprobs(here)
+    corrected, correction = correct_reference(reference, start_here, read_logprobs(there))
+    return corrected, correction, start_here
+
+
+def _trained_on(plan: Plan, store: Store, name: str) -> pl.DataFrame:
+    """The sequences training reads: those of the `train` split and its mismatched replies."""
+    objective = plan.objectives[name]
+    train = read(store, "pairs").filter(pl.col("split") == "train")
+    ways = read(store, "pair_sequences").join(train, on="pair_id", how="semi")
+    ids = [*ways["chosen_id"], *ways["rejected_id"]]
+    if objective.spec.needs_kl:
+        ids += read(store, f"kl_sequences/{name}")["sequence_id"].to_list()
+    wanted = wanted_sequences(plan, store, objective.reference)
+    return wanted.filter(pl.col("sequence_id").is_in(ids))
+
+
+def _parity_tolerance(plan: Plan, model: str) -> float:
+    """What two engines may differ by on the start, nats per sequence."""
+    config = plan.models[model]
+    return 5e-3 if config.dtype == "float32" else plan.scoring.tolerance(config.dtype)
