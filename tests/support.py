@@ -1,13 +1,14 @@
 """What several tests build: a tiny random model with a real tokeniser, and a fake engine."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.scoring.engine import Group
+from pipeline.scoring.engines.base import Group
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +59,15 @@ def build_tiny_model(directory: Path, seed: int = 0, **config: Any) -> Path:
     model.save_pretrained(directory)
     fast.save_pretrained(directory)
     return directory
+
+
+class MeasuredWarning(UserWarning):
+    """A measured number: pytest prints warnings even where everything passes."""
+
+
+def measured(said: str) -> None:
+    """Print a measured number at the end of the test run."""
+    warnings.warn(said, MeasuredWarning, stacklevel=2)
 
 
 class FakeEngine:

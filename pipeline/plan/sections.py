@@ -82,7 +82,9 @@ class VllmConfig(_Section):
         default=True, description="Compute a prompt once for all its completions."
     )
     block_size: int | None = Field(
-        default=None, ge=1, description="Tokens per cache block; null: 32 on a CPU, 16 elsewhere."
+        default=None,
+        ge=1,
+        description="Tokens per cache block; null: 32 on a CPU, elsewhere vLLM's choice.",
     )
     attention_backend: str | None = Field(default=None, description="null: vLLM's own choice.")
     enforce_eager: bool = True

@@ -22,7 +22,7 @@ import polars as pl
 
 from pipeline.errors import StoreError
 from pipeline.models import ModelIdentity
-from pipeline.scoring.engine import Numerics
+from pipeline.scoring.engines.base import Numerics
 from pipeline.store import (
     Snapshot,
     checked,

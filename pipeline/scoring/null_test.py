@@ -12,8 +12,14 @@ from typing import Any
 import polars as pl
 
 from pipeline.ids import unit_interval
-from pipeline.plan import ScoringConfig
-from pipeline.scoring.engine import Engine, Group, check_logprobs, groups_of, sequence_sum
+from pipeline.scoring.engines.base import (
+    Engine,
+    Group,
+    check_logprobs,
+    groups_of,
+    longest,
+    sequence_sum,
+)
 
 
 @dataclass(frozen=True)
@@ -47,26 +53,26 @@ def null_test(
     engine: Engine,
     ledger: pl.DataFrame,
     sequences: pl.DataFrame,
-    settings: ScoringConfig,
+    n_rows: int,
+    batch_tokens: int,
     tolerance: float,
 ) -> NullTest:
     """Re-score a sample of `sequences` that the ledger already holds.
 
-    The sample is the first `null_test_rows` ids in the order of a hash, so it is the same for the
-    same sequences.
+    The sample is the first `n_rows` ids in the order of a hash, so it is the same for the same
+    sequences.
 
     Raises:
         ScoringError: the engine returned what cannot be a log-prob.
     """
     held = dict(ledger.select("sequence_id", "logprob").iter_rows())
     ids = sorted(set(sequences["sequence_id"]) & set(held), key=lambda i: unit_interval(i, "null"))
-    sample = ids[: settings.null_test_rows]
+    sample = ids[:n_rows]
     groups = groups_of(sequences.filter(pl.col("sequence_id").is_in(sample)))
-    first = sums(engine, groups, settings.batch_tokens)
-    again = sums(engine, groups, settings.batch_tokens)
-    longest = max(len(g.prompt_ids) + len(c.ids) for g in groups for c in g.completions)
+    first = sums(engine, groups, batch_tokens)
+    again = sums(engine, groups, batch_tokens)
     # Everything in one padded pass, or one by one where that is not what was done above.
-    other = sums(engine, groups, 0 if settings.batch_tokens else longest * len(sample))
+    other = sums(engine, groups, 0 if batch_tokens else longest(groups) * len(sample))
     return NullTest(
         n=len(sample),
         repeat=_largest(first, again),

@@ -4,7 +4,6 @@ import datetime
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from time import monotonic
@@ -15,20 +14,22 @@ import polars as pl
 from pipeline.models import Checkpoint, identify
 from pipeline.plan import ModelConfig, ScoringConfig
 from pipeline.progress import progress
-from pipeline.scoring.engine import (
+from pipeline.scoring.engines import Batching, batching_of, numerics_of, open_engine
+from pipeline.scoring.engines.base import (
     Engine,
     Group,
+    Open,
     check_logprobs,
     groups_of,
+    longest,
     sequence_sum,
 )
+from pipeline.scoring.engines.vllm_engine import vllm_package
 from pipeline.scoring.ledger import ScorerKey, append, last_trust, read_logprobs, record_trust
 from pipeline.scoring.null_test import NullTest, null_test
-from pipeline.scoring.torch_engine import TorchEngine, torch_numerics
+from pipeline.scoring.workers import Opening, Report, Run, workers
 from pipeline.store import Store
 from schemas import LogProb, TokenLogProb, polars_schema
-
-Open = Callable[[ModelConfig, Checkpoint], Engine]
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,30 @@ class ScoringResult:
     null_test: NullTest
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a worker scores and commits in one piece."""
+
+    key: ScorerKey
+    groups: list[Group]
+    batching: Batching
+    provenance: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What a worker re-scores for the null test."""
+
+    key: ScorerKey
+    sequences: pl.DataFrame
+    n_rows: int
+    batch_tokens: int
+    tolerance: float
+
+
 def scorer_key(store: Store, config: ModelConfig, checkpoint: Checkpoint) -> ScorerKey:
     """Who would score, without loading anything."""
-    return ScorerKey(store.ledger, identify(checkpoint, store), torch_numerics(config, checkpoint))
+    return ScorerKey(store.ledger, identify(checkpoint, store), numerics_of(config, checkpoint))
 
 
 def score_sequences(
@@ -58,15 +80,15 @@ def score_sequences(
     checkpoint: Checkpoint,
     sequences: pl.DataFrame,
     settings: ScoringConfig,
-    open_engine: Open = TorchEngine,
+    open_engine: Open = open_engine,
 ) -> ScoringResult:
     """Score the sequences the ledger lacks for this scorer, commit them, and run the null test.
 
-    A crash loses at most `commit_rows` sequences. The model is loaded only if something is to be
+    A crash loses at most the parts in flight. The model is loaded only if something is to be
     scored or to be tested.
 
     Raises:
-        ScoringError: the engine returned what cannot be a log-prob.
+        ScoringError: a sequence cannot be scored, or the engine returned what cannot be a log-prob.
         StoreError: the disk failed; what was committed stays.
     """
     started = monotonic()
@@ -76,11 +98,16 @@ def score_sequences(
     recorded = None if due else last_trust(key)
     n_tokens, rate = 0, 0.0
     if recorded is None:
-        with closing(open_engine(config, checkpoint)) as engine:
+        batching = batching_of(settings, key.numerics)
+        opening = Opening(open_engine, config, checkpoint, longest(groups_of(sequences)))
+        with workers(opening, key.numerics, settings.workers) as run:
             if missing.height:
-                n_tokens, rate = _score_missing(name, key, checkpoint, engine, missing, settings)
+                n_tokens, rate = _score_missing(name, key, checkpoint, run, missing, batching)
             tolerance = settings.tolerance(config.dtype)
-            outcome = null_test(engine, read_logprobs(key), sequences, settings, tolerance)
+            sample = _Sample(
+                key, sequences, settings.null_test_rows, batching.batch_tokens, tolerance
+            )
+            (outcome,) = run(_test_sample, [sample], None)
             record_trust(key, outcome.to_dict())
     else:
         outcome = NullTest(**recorded)
@@ -101,32 +128,53 @@ def _score_missing(
     name: str,
     key: ScorerKey,
     checkpoint: Checkpoint,
-    engine: Engine,
+    run: Run,
     missing: pl.DataFrame,
-    settings: ScoringConfig,
+    batching: Batching,
 ) -> tuple[int, float]:
     """Score and commit in parts; returns tokens and tokens per second."""
     provenance = {
         "checkpoint": str(checkpoint.adapter or checkpoint.path),
-        "versions": json.dumps({p: version(p) for p in ("torch", "transformers", "logratio")}),
+        "versions": json.dumps({package: version(package) for package in _packages(key)}),
         "host": platform.node(),
     }
+    parts = [
+        _Part(key, groups, batching, provenance)
+        for groups in _parts(groups_of(missing), lambda g: len(g.completions), batching.commit_rows)
+    ]
     with progress(f"score {name}", missing.height) as bar:
-        parts = _parts(groups_of(missing), lambda g: len(g.completions), settings.commit_rows)
-        for part in parts:
-            rows = []
-            # A few groups at a time, so that the bar moves while a part is being filled.
-            for groups in _parts(part, lambda group: group.n_tokens, settings.batch_tokens):
-                for group, scored in zip(
-                    groups, engine.score(groups, settings.batch_tokens), strict=True
-                ):
-                    for completion, logprobs in zip(group.completions, scored, strict=True):
-                        check_logprobs(completion, logprobs)
-                        rows.append((completion.sequence_id, logprobs))
-                    bar.advance(len(group.completions), group.n_tokens)
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            append(key, *_frames(key, rows), {**provenance, "created_at": now})
+        for rows, tokens in run(_score_part, parts, bar.advance):
+            bar.advance(rows, tokens)
         return bar.n_tokens, bar.tokens_per_second
+
+
+def _score_part(engine: Engine, part: _Part, report: Report | None) -> tuple[int, int]:
+    """Score and commit a part; returns the (rows, tokens) that were not reported meanwhile."""
+    rows = []
+    for groups in _parts(part.groups, lambda group: group.n_tokens, part.batching.call_tokens):
+        for group, scored in zip(
+            groups, engine.score(groups, part.batching.batch_tokens), strict=True
+        ):
+            for completion, logprobs in zip(group.completions, scored, strict=True):
+                check_logprobs(completion, logprobs)
+                rows.append((completion.sequence_id, logprobs))
+            if report is not None:
+                report(len(group.completions), group.n_tokens)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    append(part.key, *_frames(part.key, rows), {**part.provenance, "created_at": now})
+    return (len(rows), sum(group.n_tokens for group in part.groups)) if report is None else (0, 0)
+
+
+def _test_sample(engine: Engine, sample: _Sample, report: Report | None) -> NullTest:
+    held = read_logprobs(sample.key)
+    return null_test(
+        engine, held, sample.sequences, sample.n_rows, sample.batch_tokens, sample.tolerance
+    )
+
+
+def _packages(key: ScorerKey) -> list[str]:
+    packages = ["torch", "transformers", "logratio"]
+    return [*packages, vllm_package()] if key.numerics.engine == "vllm" else packages
 
 
 def _parts(

@@ -18,7 +18,7 @@ from support import FakeEngine
 from pipeline.errors import ScoringError, StoreError
 from pipeline.models import Checkpoint, ModelIdentity
 from pipeline.plan import ModelConfig, ScoringConfig
-from pipeline.scoring.engine import Numerics
+from pipeline.scoring.engines.base import Numerics
 from pipeline.scoring.ledger import (
     ScorerKey,
     append,

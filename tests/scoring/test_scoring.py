@@ -1,6 +1,5 @@
 """The torch engine against an independent float64 computation, and what its ids are made of."""
 
-import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from support import PROJECT, FakeEngine
+from support import PROJECT, FakeEngine, measured
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ScoringError
 from pipeline.intake import run_intake
 from pipeline.models import Checkpoint, ModelIdentity, load_tokenizer
 from pipeline.plan import ModelConfig, Plan, ScoringConfig, SourceConfig, TokenizationConfig
-from pipeline.scoring.engine import (
+from pipeline.scoring.engines.base import (
     Completion,
     Group,
     Numerics,
@@ -24,9 +23,9 @@ from pipeline.scoring.engine import (
     groups_of,
     sequence_sum,
 )
+from pipeline.scoring.engines.torch_engine import TorchEngine, torch_numerics
 from pipeline.scoring.ledger import read_logprobs, read_token_logprobs
 from pipeline.scoring.run import score_sequences, scorer_key
-from pipeline.scoring.torch_engine import TorchEngine, torch_numerics
 from pipeline.store import Store, read
 from pipeline.tokenization import Encoder, tokenize_pairs
 from schemas import Scorer, identity_fields
@@ -39,10 +38,6 @@ def sample_sequences(checkpoint: Checkpoint, store: Store, n: int | None = None)
     run_intake(plan, store)
     encoder = Encoder(load_tokenizer(checkpoint), TokenizationConfig())
     return tokenize_pairs(read(store, "pairs"), encoder).sequences.head(n or 1000)
-
-
-class MeasuredWarning(UserWarning):
-    """A measured number: pytest prints warnings even where everything passes."""
 
 
 def float64_logprob(model: torch.nn.Module, row: dict[str, list[int]]) -> float:
@@ -67,8 +62,7 @@ def oracle_differences(checkpoint: Checkpoint, store: Store, n: int, batch_token
     largest: float = max(abs(scored[r["sequence_id"]] - float64_logprob(model, r)) for r in rows)
     untrained = AutoModelForCausalLM.from_config(model.config).to(torch.float64)
     control = min(abs(scored[r["sequence_id"]] - float64_logprob(untrained, r)) for r in rows[:1])
-    said = f"{n} sequences: at most {largest:.2e} nats apart; untrained control {control:.1f}"
-    warnings.warn(said, MeasuredWarning, stacklevel=2)
+    measured(f"{n} sequences: at most {largest:.2e} nats apart; untrained control {control:.1f}")
     assert control > 1, "the control must fail"
     return largest
 

@@ -1,7 +1,7 @@
 """What an engine is given and gives back, and the numerics that its numbers depend on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Protocol
@@ -11,6 +11,8 @@ import polars as pl
 
 from pipeline.errors import ScoringError
 from pipeline.ids import content_id
+from pipeline.models import Checkpoint
+from pipeline.plan import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,69 @@ class Engine(Protocol):
         """Per group and completion, the log-probs of its scored tokens: float32 [n_scored], nats.
 
         `batch_tokens` bounds a forward pass, padding included; 0 means one sequence at a time.
+
+        Raises:
+            ScoringError: a row cannot be scored, or what came out cannot be its log-probs.
+            EngineDied: the engine is lost; another one may be opened.
         """
         ...
 
     def close(self) -> None:
         """Give the model's memory back."""
         ...
+
+
+Open = Callable[[ModelConfig, Checkpoint, int], Engine]
+"""(how to run it, the model, tokens of the longest sequence to come) to an engine."""
+
+
+class EngineDied(ScoringError):
+    """The engine is lost with what it was scoring."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take: ids below `vocab_size`, `max_length` tokens; None for no limit."""
+
+    vocab_size: int
+    max_length: int | None
+
+
+def require_scorable(groups: Sequence[Group], limits: Limits) -> None:
+    """Refuse rows before an engine sees them: some engines die of one, and take the rest along.
+
+    Raises:
+        ScoringError: ids that are no integers or no ids of the model, nothing to condition on,
+            nothing to score, or too long; names the sequences.
+    """
+    faults = []
+    for group in groups:
+        for completion in group.completions:
+            if fault := _fault(group.prompt_ids, completion, limits):
+                faults.append(f"sequence {completion.sequence_id}: {fault}")
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise ScoringError(f"cannot be scored: {'; '.join(faults[:3])}{more}")
+
+
+def _fault(prompt_ids: np.ndarray, completion: Completion, limits: Limits) -> str | None:
+    for what, ids in (("prompt", prompt_ids), ("completion", completion.ids)):
+        ids = np.asarray(ids)
+        if not ids.size:
+            return f"its {what} is empty"
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            return f"its {what}'s ids are {ids.ndim}-dimensional {ids.dtype}, not integers [n]"
+        if ids.min() < 0 or ids.max() >= limits.vocab_size:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            return f"id {wrong} in its {what} is outside the vocabulary of {limits.vocab_size}"
+    if not any(end > start for start, end in completion.spans):
+        return "no token of it counts"
+    if any(not 0 <= start <= end <= len(completion.ids) for start, end in completion.spans):
+        return f"its spans {list(completion.spans)} leave its {len(completion.ids)} tokens"
+    length = len(prompt_ids) + len(completion.ids)
+    if limits.max_length is not None and length > limits.max_length:
+        return f"{length} tokens, and the model holds {limits.max_length}"
+    return None
 
 
 def groups_of(sequences: pl.DataFrame) -> list[Group]:
@@ -104,7 +163,7 @@ def groups_of(sequences: pl.DataFrame) -> list[Group]:
         )
         by_prompt.setdefault(prompt.tobytes(), (prompt, []))[1].append(completion)
     groups = [Group(prompt, tuple(completions)) for prompt, completions in by_prompt.values()]
-    return sorted(groups, key=_longest, reverse=True)
+    return sorted(groups, key=_order, reverse=True)
 
 
 def check_logprobs(completion: Completion, logprobs: np.ndarray) -> None:
@@ -134,6 +193,10 @@ def major_minor(package: str) -> str:
     return ".".join(version(package).split(".")[:2])
 
 
-def _longest(group: Group) -> tuple[int, str]:
-    longest = max(len(completion.ids) for completion in group.completions)
-    return len(group.prompt_ids) + longest, group.completions[0].sequence_id
+def longest(groups: Sequence[Group]) -> int:
+    """Tokens of the longest sequence in some groups, its prompt included."""
+    return max(len(g.prompt_ids) + len(c.ids) for g in groups for c in g.completions)
+
+
+def _order(group: Group) -> tuple[int, str]:
+    return longest([group]), group.completions[0].sequence_id

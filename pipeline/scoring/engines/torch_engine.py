@@ -6,10 +6,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.models import Checkpoint, device_class, load_model, quantisation
+from pipeline.models import (
+    Checkpoint,
+    context_length,
+    device_class,
+    load_model,
+    quantisation,
+    vocabulary_size,
+)
 from pipeline.plan import ModelConfig
-from pipeline.scoring.engine import Group, Numerics, major_minor
-from pipeline.scoring.forward import token_logprobs
+from pipeline.scoring.engines.base import (
+    Group,
+    Limits,
+    Numerics,
+    major_minor,
+    require_scorable,
+)
+from pipeline.scoring.engines.forward import token_logprobs
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +35,21 @@ def torch_device() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def torch_numerics(config: ModelConfig, checkpoint: Checkpoint) -> Numerics:
-    """What this engine's numbers will depend on, without loading the model.
+def found_device_class() -> str:
+    """The device's class, without loading torch where its version tells that it is a CPU build.
 
-    A CPU build of torch is told by its version, so that planning a scored run stays free of it.
+    So that planning a run whose numbers are there already stays free of it.
     """
-    on_cpu = version("torch").endswith("+cpu")
+    return "cpu" if version("torch").endswith("+cpu") else device_class(torch_device())
+
+
+def limits_of(checkpoint: Checkpoint) -> Limits:
+    """What rows the checkpoint can take."""
+    return Limits(vocabulary_size(checkpoint), context_length(checkpoint))
+
+
+def torch_numerics(config: ModelConfig, checkpoint: Checkpoint) -> Numerics:
+    """What this engine's numbers will depend on, without loading the model."""
     return Numerics(
         engine="torch",
         engine_version=major_minor("torch"),
@@ -42,21 +64,23 @@ def torch_numerics(config: ModelConfig, checkpoint: Checkpoint) -> Numerics:
         tensor_parallel=1,
         pipeline_parallel=1,
         batch_invariant=False,
-        device_class="cpu" if on_cpu else device_class(torch_device()),
+        device_class=found_device_class(),
         adapter_mode="none" if checkpoint.adapter is None else "applied",
     )
 
 
 class TorchEngine:
-    """Holds a loaded model; see `pipeline.scoring.engine.Engine`.
+    """Holds a loaded model; see `pipeline.scoring.engines.base.Engine`.
 
     Raises:
         ModelError: the checkpoint cannot be loaded.
     """
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, longest: int = 0) -> None:
         import torch
 
+        # Nothing is allocated for the longest sequence in advance.
+        self._limits = limits_of(checkpoint)
         torch.set_float32_matmul_precision("highest")
         self._model = load_model(
             checkpoint,
@@ -69,6 +93,7 @@ class TorchEngine:
         """Log-probs per group and completion; see `Engine.score`."""
         import torch
 
+        require_scorable(groups, self._limits)
         rows = [(group.prompt_ids, c) for group in groups for c in group.completions]
         scores: dict[int, np.ndarray] = {}
         with torch.inference_mode():
