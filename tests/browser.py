@@ -75,12 +75,12 @@ def dagster_ui(plan: Path) -> Iterator[str]:
         server.wait(30)
 
 
-def show_graph(page: Page, address: str) -> None:
+def show_graph(page: Page, address: str, zoom_out: int = 2) -> None:
     """The lineage page with every group opened."""
     groups = ",".join(f"global@global:{g}" for g in ("intake", "scoring", "training", "report"))
     page.goto(f"{address}/asset-groups?expanded={groups}", wait_until="networkidle")
     page.wait_for_timeout(2000)  # it flies into place
-    for _ in range(2):
+    for _ in range(zoom_out):
         page.get_by_role("button", name="zoom_out", exact=True).last.click()
         page.wait_for_timeout(700)
 
@@ -92,8 +92,8 @@ def take_pictures(plan: Path, pictures: Path) -> None:
     report = current_snapshot(store, f"reports/{name}", ".html").path
     pictures.mkdir(parents=True, exist_ok=True)
     with chromium() as browser, dagster_ui(plan) as address:
-        page = browser.new_page(viewport={"width": 1900, "height": 900})
-        show_graph(page, address)
+        page = browser.new_page(viewport={"width": 1900, "height": 1500})
+        show_graph(page, address, zoom_out=3)
         page.screenshot(path=pictures / "graph.png")
         page = browser.new_page(viewport={"width": 1100, "height": 1500})
         page.goto(report.as_uri())

@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.intake import run_intake
+from pipeline.names import store_of
+from pipeline.plan import Plan, load_plan
 from pipeline.scoring.engines.base import Group
+from pipeline.stages import score, tokenize
+from pipeline.store import Store
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +73,23 @@ class MeasuredWarning(UserWarning):
 def measured(said: str) -> None:
     """Print a measured number at the end of the test run."""
     warnings.warn(said, MeasuredWarning, stacklevel=2)
+
+
+def tokenized(path: Path, *overrides: str) -> tuple[Plan, Store]:
+    """A plan with its intake and tokenisation done."""
+    plan = load_plan(path, overrides)
+    store = store_of(plan)
+    run_intake(plan, store)
+    tokenize(plan, store)
+    return plan, store
+
+
+def prepared(path: Path, *overrides: str) -> tuple[Plan, Store]:
+    """A plan with its intake, tokenisation and the scoring of its models done."""
+    plan, store = tokenized(path, *overrides)
+    for name in plan.models:
+        score(plan, store, name)
+    return plan, store
 
 
 class FakeEngine:

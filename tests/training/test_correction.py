@@ -6,30 +6,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from support import build_tiny_model
+from support import build_tiny_model, prepared
 
 from pipeline.errors import TrainingError
-from pipeline.intake import run_intake
-from pipeline.names import key_of, store_of
-from pipeline.plan import Plan, load_plan
+from pipeline.names import key_of
+from pipeline.plan import Plan
 from pipeline.scoring.ledger import read_logprobs, scorers
 from pipeline.scoring.run import scorer_key
-from pipeline.stages import compute_rewards, score, tokenize, train
+from pipeline.stages import compute_rewards, score, train
 from pipeline.store import Store, read
 from pipeline.training.batches import step_ids
 from pipeline.training.correction import correct_reference
 
 WritePlan = Any
-
-
-def prepared(path: Path, *overrides: str) -> tuple[Plan, Store]:
-    plan = load_plan(path, overrides)
-    store = store_of(plan)
-    run_intake(plan, store)
-    tokenize(plan, store)
-    for name in plan.models:
-        score(plan, store, name)
-    return plan, store
 
 
 def values(frame: pl.DataFrame) -> dict[str, float]:

@@ -6,15 +6,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from support import build_tiny_model
+from support import build_tiny_model, tokenized
 
 from pipeline.errors import TrainingError
-from pipeline.intake import run_intake
-from pipeline.names import key_of, store_of, wanted_sequences
-from pipeline.plan import Plan, TrainingConfig, load_plan
+from pipeline.names import key_of, wanted_sequences
+from pipeline.plan import TrainingConfig
 from pipeline.scoring.ledger import read_logprobs
-from pipeline.stages import score, tokenize, train
-from pipeline.store import Store, read
+from pipeline.stages import score, train
+from pipeline.store import read
 from pipeline.tokenization import sequence_id
 from pipeline.training.batches import step_ids
 from pipeline.training.kl_rows import kl_rows, kl_sequences
@@ -169,23 +168,15 @@ def test_one_prompt_alone_has_nothing_to_mismatch() -> None:
         Tables([7, 7, 7]).kl()
 
 
-def prepared(path: Path, *overrides: str) -> tuple[Plan, Store]:
-    plan = load_plan(path, overrides)
-    store = store_of(plan)
-    run_intake(plan, store)
-    tokenize(plan, store)
-    return plan, store
-
-
 def test_mismatched_replies_are_made_and_scored_only_where_an_objective_needs_them(
     write_plan: WritePlan,
 ) -> None:
-    plan, store = prepared(write_plan())
+    plan, store = tokenized(write_plan())
     assert score(plan, store, "base").n_scored == 24
     assert not (store.directory / "kl_sequences").exists()
 
     kto = {"loss": "kto", "reference": "base", "start": "base"}
-    plan, store = prepared(write_plan(objectives={"kto": kto}))
+    plan, store = tokenized(write_plan(objectives={"kto": kto}))
     kl = read(store, "kl_sequences/kto")
     n_train = read(store, "pairs").filter(pl.col("split") == "train").height
     assert kl.height == 2 * n_train
@@ -210,7 +201,9 @@ def test_the_logged_kl_is_the_mean_log_ratio_of_the_steps_mismatched_replies(
         }
         for start, reference in (("a", "b"), ("b", "a"))
     }  # fmt: skip
-    plan, store = prepared(write_plan(models=models, objectives=objectives), "training.max_steps=1")
+    plan, store = tokenized(
+        write_plan(models=models, objectives=objectives), "training.max_steps=1"
+    )
     logprobs = {}
     for name in models:
         score(plan, store, name)

@@ -9,14 +9,13 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from support import measured
+from support import measured, prepared
 
-from pipeline.intake import run_intake
 from pipeline.losses import REGISTRY
 from pipeline.models import Checkpoint
-from pipeline.names import store_of, wanted_sequences
-from pipeline.plan import Plan, load_plan
-from pipeline.stages import score, tokenize, train
+from pipeline.names import wanted_sequences
+from pipeline.plan import Plan
+from pipeline.stages import train
 from pipeline.store import Store, read
 from pipeline.training.batches import step_ids
 from pipeline.training.loop import _with_adapter
@@ -55,15 +54,6 @@ PAPERS: dict[str, Callable[[Side, Side, float], torch.Tensor]] = {
         (1 - sigmoid(0.1 * (c[0] - c[1]))) + sigmoid(0.1 * (r[0] - r[1]))
     ),
 }
-
-
-def prepared(path: Path) -> tuple[Plan, Store]:
-    plan = load_plan(path)
-    store = store_of(plan)
-    run_intake(plan, store)
-    tokenize(plan, store)
-    score(plan, store, "base")
-    return plan, store
 
 
 def logprob(model: torch.nn.Module, row: dict[str, Any]) -> torch.Tensor:

@@ -10,33 +10,21 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import build_tiny_model
+from support import build_tiny_model, prepared
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import TrainingError
-from pipeline.intake import run_intake
 from pipeline.models import Checkpoint, load_model
-from pipeline.names import key_of, store_of
+from pipeline.names import key_of
 from pipeline.plan import Plan, TrainingConfig, load_plan
 from pipeline.scoring.engines.base import Completion
 from pipeline.scoring.ledger import read_logprobs
-from pipeline.stages import compute_rewards, score, tokenize, train
+from pipeline.stages import compute_rewards, score, train
 from pipeline.store import Store, read
 from pipeline.training.batches import TrainingPair, schedule_of, training_pairs, values_digest
 from pipeline.training.loop import _backward, _with_adapter
 
 WritePlan = Any
-
-
-def prepared(path: Path, *overrides: str) -> tuple[Plan, Store]:
-    """A plan with its intake, tokenisation and reference scoring done."""
-    plan = load_plan(path, overrides)
-    store = store_of(plan)
-    run_intake(plan, store)
-    tokenize(plan, store)
-    for name in plan.models:
-        score(plan, store, name)
-    return plan, store
 
 
 def test_training_starts_at_ties_and_learns(write_plan: WritePlan) -> None:
