@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -171,6 +172,7 @@ def _in_processes(opening: Opening, places: list[dict[str, str]]) -> Iterator[Ru
 
     def run(task: Task[Any, Any], items: Sequence[Any], report: Report | None) -> Iterator[Any]:
         waiting = dict(enumerate(items))
+        died_of: Counter[int] = Counter()
         fruitless = 0
         while waiting:
             if not pools:
@@ -186,7 +188,18 @@ def _in_processes(opening: Opening, places: list[dict[str, str]]) -> Iterator[Ru
             for future in as_completed(futures):
                 try:
                     result = future.result()
-                except (BrokenProcessPool, EngineDied) as error:
+                except _NotTried:
+                    continue
+                except EngineDied as error:
+                    deaths.append(error)
+                    i = futures[future]
+                    died_of[i] += 1
+                    if died_of[i] == _ATTEMPTS:
+                        raise ScoringError(
+                            f"an engine died of it {_ATTEMPTS} times: {error}"
+                        ) from error
+                    continue
+                except BrokenProcessPool as error:
                     deaths.append(error)
                     continue
                 del waiting[futures[future]]
@@ -253,6 +266,14 @@ _opened: list[Engine] = []
 _died: list[bool] = []
 """In a worker's process: whether its engine died. It then takes no other item, and is replaced."""
 
+
+class _NotTried(EngineDied):
+    """An item came to a worker whose engine had died of another one.
+
+    The worker does not end by itself: the others would be ended with it, over what they are at.
+    """
+
+
 _tell_started: "list[SimpleQueue[tuple[int, str]]]" = []
 """In a worker's process: where its parent learns of processes that an engine starts."""
 
@@ -297,7 +318,7 @@ def _end_with_parent() -> None:
 
 def _on_worker(opening: Opening, task: Task[Any, Any], item: Any) -> Any:
     if _died:
-        os._exit(1)
+        raise _NotTried
     if not _opened:
         _opened.append(opening.open())
         for process in multiprocessing.active_children():

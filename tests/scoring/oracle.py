@@ -1,7 +1,6 @@
 """What engines are compared with: transformers in float64, PEFT adapters merged into it."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,6 @@ from schemas import Sequence as SequenceTable
 from schemas import polars_schema
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class MeasuredWarning(UserWarning):
-    """A measured number: pytest prints warnings even where everything passes."""
-
-
-def measured(text: str) -> None:
-    """Say a number that was measured, whether or not the test passes."""
-    warnings.warn(text, MeasuredWarning, stacklevel=2)
 
 
 def build_model_for_vllm(directory: Path, seed: int = 0, **config: Any) -> Path:

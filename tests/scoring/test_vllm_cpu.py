@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import measured
 
 from pipeline.errors import ModelError, ScoringError
 from pipeline.models import Checkpoint, load_tokenizer
@@ -21,7 +22,6 @@ from pipeline.scoring.ledger import read_logprobs
 from pipeline.scoring.run import score_sequences, scorer_key
 from pipeline.scoring.workers import Opening, workers
 from pipeline.store import Store
-from scoring.fake_vllm import FakeLLM
 from scoring.oracle import (
     Oracle,
     build_adapter,
@@ -30,13 +30,13 @@ from scoring.oracle import (
     completion,
     group,
     largest_difference,
-    measured,
     random_groups,
     random_ids,
     scored,
     sequences_of,
     smallest_difference,
 )
+from scoring.v2.fake_vllm import FakeLLM
 
 CONTEXT = 192
 BLOCK = 32

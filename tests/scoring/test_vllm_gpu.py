@@ -1,6 +1,6 @@
 """The vLLM engine on a GPU, on the V2 runner: run by `pytest -m gpu tests/scoring`.
 
-What the fake of `test_vllm_v2.py` claims of that runner, asked of the runner itself. A tolerance
+What the fake of `tests/scoring/v2` claims of that runner, asked of the runner itself. A tolerance
 in float32 allows for attention kernels that multiply in TF32.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from support import measured
 
 from pipeline.errors import ScoringError
 from pipeline.models import Checkpoint, context_length
@@ -35,7 +36,6 @@ from scoring.oracle import (
     completion,
     group,
     largest_difference,
-    measured,
     random_groups,
     random_ids,
     sample_groups,

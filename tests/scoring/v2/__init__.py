@@ -1,0 +1,1 @@
+"""The vLLM engine on the V2 runner, over a fake of it."""
