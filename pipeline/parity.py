@@ -7,7 +7,7 @@ import polars as pl
 
 from pipeline.errors import ScoringError
 from pipeline.ids import unit_interval
-from pipeline.names import scored_by, wanted_sequences
+from pipeline.names import scored_by
 from pipeline.plan import ModelConfig, ParityConfig, Plan
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.scoring.run import score_sequences, scorer_key
@@ -63,7 +63,7 @@ def engine_parity(plan: Plan, store: Store, name: str) -> Parity:
     if parity is None:
         raise ScoringError("scoring.parity is not set: there is no engine to compare with")
     objective = plan.objectives[name]
-    sequences = _sample(plan, store, name, parity)
+    sequences = _sample(store, parity)
     columns = {}
     for role, who in (("reference", objective.reference), ("policy", name)):
         config, checkpoint = scored_by(plan, store, who)
@@ -97,7 +97,7 @@ def engine_parity(plan: Plan, store: Store, name: str) -> Parity:
     )
 
 
-def _sample(plan: Plan, store: Store, name: str, parity: ParityConfig) -> pl.DataFrame:
+def _sample(store: Store, parity: ParityConfig) -> pl.DataFrame:
     pairs = read(store, "pairs").filter(pl.col("split") == parity.split)
     ways = read(store, "pair_sequences").join(pairs, on="pair_id", how="semi")
     kept = sorted(ways["pair_id"], key=lambda i: unit_interval(i, "parity"))[: parity.max_pairs]
@@ -105,7 +105,7 @@ def _sample(plan: Plan, store: Store, name: str, parity: ParityConfig) -> pl.Dat
     if ways.is_empty():
         raise ScoringError(f"scoring.parity: no pair of the split '{parity.split}' was tokenised")
     ids = [*ways["chosen_id"], *ways["rejected_id"]]
-    return wanted_sequences(plan, store, name).filter(pl.col("sequence_id").is_in(ids))
+    return read(store, "sequences").filter(pl.col("sequence_id").is_in(ids))
 
 
 def _values(logprobs: pl.DataFrame, sequences: pl.DataFrame) -> pl.Series:

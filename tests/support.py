@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.intake import run_intake
 from pipeline.names import store_of
 from pipeline.plan import Plan, load_plan
-from pipeline.scoring.engines.base import Group
+from pipeline.scoring.engines.base import Group, Numerics
 from pipeline.stages import score, tokenize
 from pipeline.store import Store
 
@@ -90,6 +90,26 @@ def prepared(path: Path, *overrides: str) -> tuple[Plan, Store]:
     for name in plan.models:
         score(plan, store, name)
     return plan, store
+
+
+FAKE_NUMERICS = Numerics(
+    engine="fake",
+    engine_version="1.0",
+    modeling_version="none",
+    runner="hash",
+    body_dtype="float32",
+    head_dtype="float32",
+    cache_dtype="none",
+    attention_backend="none",
+    quantisation="none",
+    prefix_reuse="none",
+    tensor_parallel=1,
+    pipeline_parallel=1,
+    batch_invariant=True,
+    device_class="cpu",
+    adapter_mode="none",
+)
+"""What `FakeEngine`'s numbers depend on."""
 
 
 class FakeEngine:

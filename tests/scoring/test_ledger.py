@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from support import FakeEngine
+from support import FAKE_NUMERICS, FakeEngine
 
 from pipeline.errors import ScoringError, StoreError
 from pipeline.models import Checkpoint, ModelIdentity
 from pipeline.plan import ModelConfig, ScoringConfig
-from pipeline.scoring.engines.base import Numerics
 from pipeline.scoring.ledger import (
     ScorerKey,
     append,
@@ -29,29 +28,12 @@ from pipeline.scoring.ledger import (
 from pipeline.scoring.run import ScoringResult, score_sequences
 from schemas import LogProb, TokenLogProb, polars_schema
 
-NUMERICS = Numerics(
-    engine="fake",
-    engine_version="1.0",
-    modeling_version="none",
-    runner="hash",
-    body_dtype="float32",
-    head_dtype="float32",
-    cache_dtype="none",
-    attention_backend="none",
-    quantisation="none",
-    prefix_reuse="none",
-    tensor_parallel=1,
-    pipeline_parallel=1,
-    batch_invariant=True,
-    device_class="cpu",
-    adapter_mode="none",
-)
 CONFIG = ModelConfig(checkpoint="none")
 CHECKPOINT = Checkpoint(Path("/none"))
 
 
 def fake_key(root: Path, model: str = "model") -> ScorerKey:
-    return ScorerKey(root / "ledger", ModelIdentity(model, "{}", ""), NUMERICS)
+    return ScorerKey(root / "ledger", ModelIdentity(model, "{}", ""), FAKE_NUMERICS)
 
 
 def score(
@@ -64,7 +46,7 @@ def score(
 
 
 def rows(key: ScorerKey, values: dict[str, float]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    scorer = {"model_id": key.model.model_id, "numerics_id": NUMERICS.numerics_id}
+    scorer = {"model_id": key.model.model_id, "numerics_id": FAKE_NUMERICS.numerics_id}
     sums = [{**scorer, "sequence_id": i, "logprob": v, "n_tokens": 1} for i, v in values.items()]
     tokens = [{**scorer, "sequence_id": i, "logprobs": [v]} for i, v in values.items()]
     return (
@@ -253,7 +235,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import polars as pl
-from support import FakeEngine
+from support import FAKE_NUMERICS, FakeEngine
 from test_ledger import fake_key, score
 
 class Slow(FakeEngine):

@@ -15,12 +15,12 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from support import PROJECT, build_tiny_model
+from support import FAKE_NUMERICS, PROJECT, build_tiny_model
 
 from pipeline.errors import ModelError, ScoringError
 from pipeline.models import Checkpoint, ModelIdentity
 from pipeline.plan import ModelConfig, ScoringConfig
-from pipeline.scoring.engines.base import EngineDied, Numerics, Open, groups_of
+from pipeline.scoring.engines.base import EngineDied, Open, groups_of
 from pipeline.scoring.engines.torch_engine import torch_numerics
 from pipeline.scoring.ledger import ScorerKey, read_logprobs, read_token_logprobs
 from pipeline.scoring.run import ScoringResult, score_sequences
@@ -39,28 +39,11 @@ from scoring.openers import (
     whereabouts,
 )
 
-NUMERICS = Numerics(
-    engine="fake",
-    engine_version="1.0",
-    modeling_version="none",
-    runner="hash",
-    body_dtype="float32",
-    head_dtype="float32",
-    cache_dtype="none",
-    attention_backend="none",
-    quantisation="none",
-    prefix_reuse="none",
-    tensor_parallel=1,
-    pipeline_parallel=1,
-    batch_invariant=True,
-    device_class="cpu",
-    adapter_mode="none",
-)
-ON_GPUS = replace(NUMERICS, device_class="cuda-sm90")
+ON_GPUS = replace(FAKE_NUMERICS, device_class="cuda-sm90")
 
 
 def key_in(root: Path, model: str = "model") -> ScorerKey:
-    return ScorerKey(root, ModelIdentity(model, "{}", ""), NUMERICS)
+    return ScorerKey(root, ModelIdentity(model, "{}", ""), FAKE_NUMERICS)
 
 
 def score(
@@ -176,7 +159,7 @@ def test_one_worker_on_a_cpu_is_this_process(
 def test_nothing_is_opened_while_there_is_nothing_to_do(desk: Path) -> None:
     opening = Opening(open_noting, ModelConfig(checkpoint="x"), Checkpoint(desk), 10)
     for n_workers in (1, 2):
-        with workers(opening, NUMERICS, n_workers) as run:
+        with workers(opening, FAKE_NUMERICS, n_workers) as run:
             assert list(run(square, [], None)) == []
     assert not processes(desk, "opened")
 
@@ -242,7 +225,7 @@ def test_the_engine_s_own_process_of_a_killed_worker_does_not_stay(desk: Path) -
     """As vLLM's engine core would, with all of a GPU's memory, so that no other one could load."""
     config, checkpoint = ModelConfig(checkpoint="x"), Checkpoint(desk)
     opening = Opening(open_with_a_process, config, checkpoint, 10)
-    with workers(opening, NUMERICS, 2) as run:
+    with workers(opening, FAKE_NUMERICS, 2) as run:
         (worker,) = run(kill_worker_once, [desk], None)
         killed, new = notes(desk, "core")
         assert not is_there(int(killed[1])), "gone before the next one is opened"
@@ -253,7 +236,7 @@ def test_the_engine_s_own_process_of_a_killed_worker_does_not_stay(desk: Path) -
 
 def test_a_worker_killed_while_it_waits_is_replaced(desk: Path) -> None:
     opening = Opening(open_noting, ModelConfig(checkpoint="x"), Checkpoint(desk), 10)
-    with workers(opening, NUMERICS, 2) as run:
+    with workers(opening, FAKE_NUMERICS, 2) as run:
         told = dict(run(square, [1, 2, 3], None))
         for pid in told:
             with contextlib.suppress(ProcessLookupError):  # ended with the first one
@@ -381,7 +364,7 @@ def test_a_sequence_that_cannot_be_scored_is_that_error_and_what_was_committed_s
 
 
 def interrupted(opening: Opening) -> None:
-    with workers(opening, NUMERICS, 2) as run:
+    with workers(opening, FAKE_NUMERICS, 2) as run:
         for _ in run(square, list(range(50)), None):
             raise KeyboardInterrupt
 
@@ -400,7 +383,7 @@ def test_workers_do_not_outlive_a_parent_that_was_killed(desk: Path) -> None:
 from pathlib import Path
 
 from scoring.openers import open_with_a_process, whereabouts
-from scoring.test_workers import NUMERICS
+from scoring.test_workers import FAKE_NUMERICS
 
 from pipeline.models import Checkpoint
 from pipeline.plan import ModelConfig
@@ -409,7 +392,7 @@ from pipeline.scoring.workers import Opening, workers
 if __name__ == "__main__":
     here = Checkpoint(Path({str(desk)!r}))
     opening = Opening(open_with_a_process, ModelConfig(checkpoint="x"), here, 10)
-    with workers(opening, NUMERICS, 2) as run:
+    with workers(opening, FAKE_NUMERICS, 2) as run:
         list(run(whereabouts, [0.0] + [60.0] * 3, None))
 """
     path = desk / "parent.py"
