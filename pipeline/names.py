@@ -8,6 +8,7 @@ from pipeline.errors import StoreError
 from pipeline.models import Checkpoint, resolve
 from pipeline.plan import ModelConfig, Plan
 from pipeline.scoring.ledger import ScorerKey
+from pipeline.scoring.passes import with_passes
 from pipeline.scoring.run import scorer_key
 from pipeline.store import Store, current_snapshot, read
 from pipeline.training.kl_rows import kl_sequences
@@ -53,7 +54,7 @@ def policy_id_of(store: Store, name: str) -> str:
 
 
 def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
-    """What a model or policy of the plan has to score, as `schemas.Sequence`.
+    """What a model or policy of the plan has to score, as `schemas.Sequence` with its passes.
 
     The reference of a loss with a KL term scores that loss's mismatched replies too; the policy
     scores them while it is trained.
@@ -64,4 +65,5 @@ def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
         for objective, config in plan.objectives.items()
         if config.kl_partner is not None and config.reference == name
     ]
-    return pl.concat([sequences, *mismatched]).unique("sequence_id").sort("sequence_id")
+    wanted = pl.concat([sequences, *mismatched]).unique("sequence_id").sort("sequence_id")
+    return with_passes(wanted, read(store, "pair_sequences"))

@@ -10,6 +10,7 @@ from pipeline.ids import unit_interval
 from pipeline.names import scored_by
 from pipeline.plan import ModelConfig, ParityConfig, Plan
 from pipeline.scoring.ledger import read_logprobs
+from pipeline.scoring.passes import with_passes
 from pipeline.scoring.run import score_sequences, scorer_key
 from pipeline.store import Store, read
 
@@ -105,7 +106,8 @@ def _sample(store: Store, parity: ParityConfig) -> pl.DataFrame:
     if ways.is_empty():
         raise ScoringError(f"scoring.parity: no pair of the split '{parity.split}' was tokenised")
     ids = [*ways["chosen_id"], *ways["rejected_id"]]
-    return read(store, "sequences").filter(pl.col("sequence_id").is_in(ids))
+    sampled = read(store, "sequences").filter(pl.col("sequence_id").is_in(ids))
+    return with_passes(sampled, ways)
 
 
 def _values(logprobs: pl.DataFrame, sequences: pl.DataFrame) -> pl.Series:

@@ -60,7 +60,7 @@ def training_pairs(
     Args:
         pairs: `schemas.PreferencePair`.
         pair_sequences: `schemas.PairSequence`, of one tokenisation.
-        sequences: `schemas.Sequence`, those of mismatched replies among them.
+        sequences: `schemas.Sequence` with its passes, those of mismatched replies among them.
         reference: `schemas.LogProb` of the reference, or None for a loss that has none.
         kl: `schemas.KlSequence`, for a loss with a KL term.
 
@@ -161,4 +161,5 @@ def schedule_of(pairs: list[TrainingPair], config: TrainingConfig) -> list[list[
 
 def _completion(row: dict[str, object]) -> Completion:
     spans = tuple((span["start"], span["end"]) for span in row["spans"])  # type: ignore[attr-defined]
-    return Completion(str(row["sequence_id"]), np.asarray(row["completion_ids"], np.int32), spans)
+    ids = np.asarray(row["completion_ids"], np.int32)
+    return Completion(str(row["sequence_id"]), ids, spans, row.get("pass_id"))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from pipeline.models import Checkpoint, load_model
 from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
 from pipeline.progress import progress
 from pipeline.scoring.engines.base import Completion, sequence_sum
-from pipeline.scoring.engines.forward import token_logprobs
+from pipeline.scoring.engines.forward import pass_logprobs
 from pipeline.scoring.engines.torch_engine import torch_device
 from pipeline.training.batches import TrainingPair, schedule_of, steps_per_epoch
 from schemas import TrainingStep, polars_schema
@@ -74,7 +74,8 @@ def train(
 ) -> Trained:
     """Train one policy from `start` and return it, unsaved.
 
-    A step's loss is the mean over its pairs; one pair is in memory at a time. The model stays in
+    A step's loss is the mean over its pairs; one pair is in memory at a time, its prompt computed
+    once for both replies where the model can. The model stays in
     evaluation mode: dropout would make the reference and the start differ at step 0.
 
     Args:
@@ -188,7 +189,7 @@ def _statistics(
     with torch.no_grad():
         for pair in batch:
             for reply in pair.mismatched_in(step):
-                logprob = _sequence_logprob(model, pair.prompt_ids, reply.completion)
+                (logprob,) = _sequence_logprobs(model, pair.prompt_ids, [reply.completion])
                 ratios.append(logprob.item() - reply.reference)
                 report(0, len(pair.prompt_ids) + len(reply.completion.ids))
     if not ratios:
@@ -208,9 +209,8 @@ def _backward(
     import torch
 
     spec, values = objective.spec, objective.values
-    # Each side alone, as the engine scores it: the same shapes give the same bits at step 0.
-    completions = (pair.chosen, pair.rejected)
-    sides = [_sequence_logprob(model, pair.prompt_ids, c) for c in completions]
+    completions = [pair.chosen, pair.rejected]
+    sides = _sequence_logprobs(model, pair.prompt_ids, completions)
     references = (pair.reference_chosen, pair.reference_rejected)
     lengths = [float(len(completion.scored)) for completion in completions]
     constants = torch.tensor(
@@ -239,14 +239,23 @@ def _backward(
     }
 
 
-def _sequence_logprob(
-    model: "PreTrainedModel", prompt_ids: np.ndarray, completion: Completion
-) -> "torch.Tensor":
-    """A sequence's log-prob, float64 scalar with a gradient, of exactly the ledger's value."""
-    (logprobs,) = token_logprobs(model, [prompt_ids], [completion.ids], [completion.scored])
-    total = logprobs.double().sum()
-    exact = sequence_sum(logprobs.detach().cpu().numpy())
-    return total + (exact - total.detach())  # torch adds in another order than the ledger
+def _sequence_logprobs(
+    model: "PreTrainedModel", prompt_ids: np.ndarray, completions: list[Completion]
+) -> "list[torch.Tensor]":
+    """Log-probs of one prompt's sequences, float64 scalars of exactly the ledger's values.
+
+    They go in the passes the engine makes of them: the same shapes give the same bits at step 0.
+    """
+    if len({completion.pass_id or completion.sequence_id for completion in completions}) == 1:
+        logprobs = pass_logprobs(model, prompt_ids, completions)
+    else:
+        logprobs = [pass_logprobs(model, prompt_ids, [c])[0] for c in completions]
+    totals = []
+    for row in logprobs:
+        total = row.double().sum()
+        exact = sequence_sum(row.detach().cpu().numpy())
+        totals.append(total + (exact - total.detach()))  # torch adds in another order
+    return totals
 
 
 def _first_step(

@@ -51,11 +51,15 @@ class Numerics:
 
 @dataclass(frozen=True)
 class Completion:
-    """A reply to score: its token ids, int32 [n], and the half-open ranges that count."""
+    """A reply to score: its token ids, int32 [n], and the half-open ranges that count.
+
+    Completions of a group with one `pass_id` may share a forward pass (`pipeline.scoring.passes`).
+    """
 
     sequence_id: str
     ids: np.ndarray
     spans: tuple[tuple[int, int], ...]
+    pass_id: str | None = None
 
     @property
     def scored(self) -> np.ndarray:
@@ -82,7 +86,8 @@ class Engine(Protocol):
     def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
         """Per group and completion, the log-probs of its scored tokens: float32 [n_scored], nats.
 
-        `batch_tokens` bounds a forward pass, padding included; 0 means one sequence at a time.
+        `batch_tokens` bounds a forward pass, padding included; 0 means one at a time: a sequence,
+        or those that share a pass.
 
         Raises:
             ScoringError: a row cannot be scored, or what came out cannot be its log-probs.
@@ -151,7 +156,8 @@ def _fault(prompt_ids: np.ndarray, completion: Completion, limits: Limits) -> st
 def groups_of(sequences: pl.DataFrame) -> list[Group]:
     """Rows of the `sequences` table as groups, one per distinct prompt, the longest first.
 
-    The longest first, so that what does not fit in memory shows at once.
+    The longest first, so that what does not fit in memory shows at once. A column `pass_id`
+    (`pipeline.scoring.passes`) may stand beside the table's own.
     """
     by_prompt: dict[bytes, tuple[np.ndarray, list[Completion]]] = {}
     for row in sequences.iter_rows(named=True):
@@ -160,6 +166,7 @@ def groups_of(sequences: pl.DataFrame) -> list[Group]:
             row["sequence_id"],
             np.asarray(row["completion_ids"], dtype=np.int32),
             tuple((span["start"], span["end"]) for span in row["spans"]),
+            row.get("pass_id"),
         )
         by_prompt.setdefault(prompt.tobytes(), (prompt, []))[1].append(completion)
     groups = [Group(prompt, tuple(completions)) for prompt, completions in by_prompt.values()]

@@ -22,7 +22,7 @@ from pipeline.scoring.engines.base import (
     major_minor,
     require_scorable,
 )
-from pipeline.scoring.engines.forward import token_logprobs
+from pipeline.scoring.engines.forward import pass_logprobs, token_logprobs
 
 if TYPE_CHECKING:
     import torch
@@ -94,18 +94,36 @@ class TorchEngine:
         import torch
 
         require_scorable(groups, self._limits)
+        with torch.inference_mode():
+            if not batch_tokens:
+                return [self._passes(group) for group in groups]
+            return self._padded(groups, batch_tokens)
+
+    def _passes(self, group: Group) -> list[np.ndarray]:
+        """A group in its own passes."""
+        passes: dict[str, list[int]] = {}
+        for i, completion in enumerate(group.completions):
+            passes.setdefault(completion.pass_id or completion.sequence_id, []).append(i)
+        scores: dict[int, np.ndarray] = {}
+        for members in passes.values():
+            together = [group.completions[i] for i in members]
+            logprobs = pass_logprobs(self._model, group.prompt_ids, together)
+            scores |= {i: row.cpu().numpy() for i, row in zip(members, logprobs, strict=True)}
+        return [scores[i] for i in range(len(group.completions))]
+
+    def _padded(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
+        """All completions in padded batches, each with its own copy of the prompt."""
         rows = [(group.prompt_ids, c) for group in groups for c in group.completions]
         scores: dict[int, np.ndarray] = {}
-        with torch.inference_mode():
-            for batch in _batches([len(p) + len(c.ids) for p, c in rows], batch_tokens):
-                logprobs = token_logprobs(
-                    self._model,
-                    [rows[i][0] for i in batch],
-                    [rows[i][1].ids for i in batch],
-                    [rows[i][1].scored for i in batch],
-                )
-                for i, values in zip(batch, logprobs, strict=True):
-                    scores[i] = values.cpu().numpy()
+        for batch in _batches([len(p) + len(c.ids) for p, c in rows], batch_tokens):
+            logprobs = token_logprobs(
+                self._model,
+                [rows[i][0] for i in batch],
+                [rows[i][1].ids for i in batch],
+                [rows[i][1].scored for i in batch],
+            )
+            for i, values in zip(batch, logprobs, strict=True):
+                scores[i] = values.cpu().numpy()
         flat = iter(scores[i] for i in range(len(rows)))
         return [[next(flat) for _ in group.completions] for group in groups]
 
