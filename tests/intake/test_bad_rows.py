@@ -1,0 +1,173 @@
+"""The sample's bad rows: each kind of input the intake rejects, merges or flags is among them."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from desk import Desk
+from support import PROJECT
+
+from schemas import PairCandidate
+from schemas.intake import DISPOSITIONS
+
+FILES = {"pairs": "bad_rows.jsonl", "hh": "bad_rows_hh.jsonl"}
+"""Source to its file in `sample/`."""
+
+QUARANTINED = {
+    "pairs": [
+        (1, "invalid_utf8"),
+        (2, "lone_surrogate"),
+        (3, "not_an_object"),
+        (4, "duplicate_key"),
+        (5, "nan_literal"),
+        (6, "nan_literal"),
+        (7, "too_deep"),
+        (9, "missing_field"),
+        (10, "missing_field"),
+        (11, "wrong_type"),
+        (12, "wrong_type"),
+        (13, "wrong_type"),
+        (14, "wrong_type"),
+        (15, "strength_not_finite"),
+        (16, "unsupported_content"),
+        (17, "unsupported_content"),
+        (18, "no_reply"),
+        (19, "prompts_differ"),
+        (20, "empty_prompt"),
+        (21, "unknown_role"),
+        (22, "empty_reply"),
+        (23, "identical_replies"),
+        (30, "invalid_json"),
+    ],
+    "hh": [(1, "not_a_transcript"), (2, "wrong_type"), (3, "empty_reply")],
+}
+KEPT = {
+    "pairs": [
+        (0, "accepted"),
+        (8, "accepted"),
+        # 24 is blank: not a row, but counted in the row numbers.
+        (25, "merged"),
+        (26, "accepted"),
+        (27, "accepted"),
+        (28, "accepted"),
+        (29, "accepted"),
+    ],
+    "hh": [(0, "accepted"), (4, "accepted")],
+}
+FLAGGED = [(26, ["contradicted"]), (27, ["contradicted"]), (28, ["role_repeated"])]
+
+# These reject pairs the intake has accepted, when they are tokenised.
+LEFT_OUT = {
+    "control_tokens": "the strings are the tokeniser's, and only a plan can say to reject them",
+    "empty_prompt_ids": "needs a chat template that makes nothing of a prompt",
+    "identical_tokens": "needs a tokeniser that gives two different replies the same ids",
+    "no_guard_character": "the row would hold every private-use character there is",
+    "nothing_to_score": "needs a plan that cuts long pairs, or a template that drops the reply",
+    "over_long": "the model's tokens are counted, against the plan's max_length",
+    "template_failed": "the chat template decides what it refuses",
+    "template_not_prefix_stable": "a fault of the chat template, whatever the row",
+}
+
+
+def test_every_row_meets_its_fate(desk: Desk) -> None:
+    n_in = {}
+    for source, file in FILES.items():
+        data = (PROJECT / "sample" / file).read_bytes()
+        desk.write(f"{source}.jsonl", data)
+        n_in[source] = sum(line != b"" for line in data.split(b"\n"))
+    result = desk.run(*FILES)
+
+    for source in FILES:
+        rejected = f"select row, rule from quarantine where source = '{source}' order by row"
+        assert desk.ask(rejected) == QUARANTINED[source]
+        kept = (
+            f"select row, disposition from rows where source = '{source}' "
+            "and disposition != 'quarantined' order by row"
+        )
+        assert desk.ask(kept) == KEPT[source]
+    # Of the rules that are all tried on a pair, none is broken along with another.
+    assert desk.ask("select rule from quarantine where detail like 'breaks %, %'") == []
+    assert desk.ask("select row, flags from pairs where len(flags) > 0 order by row") == FLAGGED
+    assert desk.ask(
+        "select rows.row, pairs.row, votes from rows join pairs on duplicate_of = pairs.pair_id"
+    ) == [(25, 0, 2)]
+
+    assert result.law.rows() == [("pairs", 30, 6, 1, 23, True), ("hh", 5, 2, 0, 3, True)]
+    assert dict(result.law.select("source", "n_in").rows()) == n_in
+
+
+def rules_raised(source: str) -> set[str]:
+    """The first argument of every `RowError` and `PairError` in a module, be it a variable."""
+    tree = ast.parse(source)
+    assigned: dict[str, list[ast.expr]] = defaultdict(list)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                assigned[ast.unparse(target)].append(node.value)
+
+    def texts(value: ast.expr) -> set[str]:
+        match value:
+            case ast.Constant(value=str(text)):
+                return {text}
+            case ast.IfExp(body=body, orelse=orelse):
+                return texts(body) | texts(orelse)
+            case ast.Name(id=name) if name in assigned:
+                return set().union(*map(texts, assigned[name]))
+        raise ValueError(f"line {value.lineno}: no rule can be read from {ast.unparse(value)}")
+
+    return set().union(
+        *(
+            texts(node.args[0])
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and ast.unparse(node.func).split(".")[-1] in ("RowError", "PairError")
+        )
+    )
+
+
+def rules_of_the_contract() -> set[str]:
+    contract = PairCandidate.to_schema()
+    checks = [*contract.checks, *(c for column in contract.columns.values() for c in column.checks)]
+    return {str(check.error) for check in checks}
+
+
+def flags_in(source: str) -> set[str]:
+    """The keys of the dictionary named `flags`."""
+    return {
+        ast.literal_eval(key)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "flags"
+        if isinstance(node.value, ast.Dict)
+        for key in node.value.keys
+        if key is not None
+    }
+
+
+def modules() -> list[Path]:
+    return [path for room in ("pipeline", "schemas") for path in (PROJECT / room).rglob("*.py")]
+
+
+def test_every_rule_has_a_row_or_a_reason() -> None:
+    known = set().union(*(rules_raised(path.read_text()) for path in modules()))
+    known |= rules_of_the_contract()
+    shown = {rule for rows in QUARANTINED.values() for _, rule in rows}
+    assert known - shown - LEFT_OUT.keys() == set(), "no row in sample/bad_rows*.jsonl shows these"
+    assert shown | LEFT_OUT.keys() == known
+    assert shown & LEFT_OUT.keys() == set()
+
+
+def test_every_flag_and_fate_has_a_row() -> None:
+    source = (PROJECT / "pipeline" / "intake" / "validate.py").read_text()
+    assert {flag for _, flags in FLAGGED for flag in flags} == flags_in(source)
+    assert {fate for _, fate in KEPT["pairs"]} | {"quarantined"} == set(DISPOSITIONS)
+
+
+def test_no_rule_escapes_the_search() -> None:
+    assert rules_raised('raise RowError("a", y)\nerror = base.PairError("b", y)') == {"a", "b"}
+    assert rules_raised('rule = "a" if x else "b"\nraise RowError(rule, "")') == {"a", "b"}
+    assert rules_raised('raise SourceError("a")') == set()
+    for hidden in ('raise RowError(f"a_{x}", "")', 'raise RowError(rule, "")'):
+        with pytest.raises(ValueError, match="line 1: no rule can be read"):
+            rules_raised(hidden)
+    assert flags_in('flags = {"a": x, "b": y}\nother = {"c": z}') == {"a", "b"}
