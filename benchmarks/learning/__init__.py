@@ -1,0 +1,1 @@
+"""Does training on the tables teach a policy anything that held-out pairs show?"""
