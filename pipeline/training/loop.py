@@ -148,6 +148,7 @@ def train(
 def _with_adapter(
     start: Checkpoint, start_config: ModelConfig, config: TrainingConfig
 ) -> "PreTrainedModel":
+    import torch
     from peft import LoraConfig, get_peft_model
 
     model = load_model(
@@ -156,10 +157,20 @@ def _with_adapter(
         attention=start_config.attention,
         device=str(torch_device()),
     )
+    targets: str | list[str] = config.lora.target_modules
+    layers = None
+    if config.lora.last_layers is not None:
+        n = model.config.num_hidden_layers
+        layers = list(range(max(0, n - config.lora.last_layers), n))
+        if targets == "all-linear":  # PEFT takes layers with names only
+            body = model.base_model.named_modules()
+            linear = {name for name, module in body if isinstance(module, torch.nn.Linear)}
+            targets = sorted({name.rpartition(".")[2] for name in linear})
     adapter = LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
-        target_modules=config.lora.target_modules,
+        target_modules=targets,
+        layers_to_transform=layers,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
@@ -188,8 +199,10 @@ def _statistics(
     ratios = []
     with torch.no_grad():
         for pair in batch:
-            for reply in pair.mismatched_in(step):
-                (logprob,) = _sequence_logprobs(model, pair.prompt_ids, [reply.completion])
+            replies = pair.mismatched_in(step)
+            completions = [reply.completion for reply in replies]
+            logprobs = _sequence_logprobs(model, pair.prompt_ids, completions)
+            for reply, logprob in zip(replies, logprobs, strict=True):
                 ratios.append(logprob.item() - reply.reference)
                 report(0, len(pair.prompt_ids) + len(reply.completion.ids))
     if not ratios:

@@ -94,6 +94,25 @@ def test_gradients_equal_autograd_in_float64(write_plan: WritePlan) -> None:
         assert error < 1e-4, f"{name}: {error}"
 
 
+def test_adapters_can_stay_in_the_last_layers(write_plan: WritePlan) -> None:
+    changes = ["training.learning_rate=1e-2", "training.lora.last_layers=1"]
+    plan, store = prepared(write_plan(), *changes)
+    result = train(plan, store, "dpo")
+    adapter = load_file(result.directory / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 7
+    assert all(".layers.1." in name for name in adapter)
+    assert result.first_step.difference == 0.0
+    assert result.steps["loss"][-1] < result.steps["loss"][0]
+    # What the ledger says of the policy is what PEFT makes of the adapter alone.
+    score(plan, store, "dpo")
+    compute_rewards(plan, store, "dpo")
+    assert read(store, "rewards/dpo")["logratio_chosen"].abs().max() > 1e-3  # type: ignore[operator]
+    everywhere, _ = prepared(write_plan(), "training.learning_rate=1e-2")
+    other = train(everywhere, store, "dpo")
+    assert other.policy_id != result.policy_id
+    assert len(load_file(other.directory / "adapter_model.safetensors")) == 2 * 2 * 7
+
+
 def written_out(model: torch.nn.Module, pair: TrainingPair, beta: float) -> torch.Tensor:
     totals = []
     for completion in (pair.chosen, pair.rejected):
