@@ -1,4 +1,8 @@
-"""The command line: `logratio run PLAN` runs a plan's job and says what came out."""
+"""The command line.
+
+`logratio run PLAN` runs a plan's job and says what came out; `logratio audit PAIRS --reference A
+--policy B` does so for two models that are there already, without a plan.
+"""
 
 import argparse
 import os
@@ -11,7 +15,7 @@ import dagster as dg
 from assets.resources import resource_key
 from assets.summary import beginning, summary
 from pipeline.errors import LogratioError
-from pipeline.plan import Plan, load_plan
+from pipeline.plan import Plan, load_plan, write_audit_plan
 
 _DAGSTER_YAML = """\
 telemetry:
@@ -30,17 +34,41 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a plan from its sources to its reports")
     run.add_argument("plan", type=Path, help="the plan's YAML file")
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change a value of the plan for this run, e.g. training.learning_rate=1e-5",
+    audit = commands.add_parser("audit", help="score pairs by two models and report the rewards")
+    audit.add_argument("pairs", type=Path, help="a file of preference pairs, or a folder")
+    audit.add_argument("--reference", required=True, help="a directory, hub id or packaged: name")
+    audit.add_argument(
+        "--policy", required=True, help="or a PEFT adapter, or a policy's current.json"
     )
+    audit.add_argument("--store", type=Path, default=Path("store"), help="where the tables go")
+    audit.add_argument("--name", help="of the audit's tables; by default made of the file's")
+    audit.add_argument("--shape", help="of the pairs; found out by default")
+    audit.add_argument("--dtype", default="float32", help="of both models")
+    audit.add_argument("--engine", default="auto", help="auto, torch or vllm")
+    for command in (run, audit):
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="change a value of the plan for this run, e.g. report.beta=0.2",
+        )
     options = parser.parse_args(arguments)
     try:
-        return run_plan(options.plan, options.overrides)
+        if options.command == "run":
+            return run_plan(options.plan, options.overrides)
+        plan = write_audit_plan(
+            options.pairs,
+            options.reference,
+            options.policy,
+            store=options.store,
+            name=options.name,
+            shape=options.shape,
+            numerics={"dtype": options.dtype, "engine": options.engine},
+        )
+        print(f"plan       {plan}")
+        return run_plan(plan, options.overrides)
     except LogratioError as error:
         print(f"logratio: {error}", file=sys.stderr)
         return 2

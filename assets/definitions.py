@@ -38,18 +38,16 @@ def plan_definitions(path: Path) -> dg.Definitions:
         intake.raw_preferences(plan),
         intake.preference_pairs(plan),
         intake.sequences(plan),
-        *[scoring.logprobs(plan, name) for name in (*plan.models, *plan.objectives)],
+        *[scoring.logprobs(plan, name) for name in (*plan.scored_models, *plan.policies)],
     ]
     for name in plan.objectives:
-        assets += [
-            training.policy(plan, name),
-            report.implicit_rewards(plan, name),
-            report.reward_report(plan, name),
-        ]
+        assets.append(training.policy(plan, name))
+    for name in plan.policies:
+        assets += [report.implicit_rewards(plan, name), report.reward_report(plan, name)]
     return dg.Definitions(
         assets=assets,
         asset_checks=[
-            check for name in plan.objectives for check in report.engines_agree(plan, name)
+            check for name in plan.policies for check in report.engines_agree(plan, name)
         ],
         jobs=[job(plan, assets)],
         resources={resource_key(plan.name): PlanResource(path=str(path.resolve()))},

@@ -1,4 +1,4 @@
-"""Reward and report assets: one each per objective's policy."""
+"""Reward and report assets: one each per policy."""
 
 from typing import Any
 
@@ -13,15 +13,14 @@ from pipeline.plan import Plan
 from schemas import Reward
 
 GROUP = "report"
-PARTS = ["rows", "pairs", "splits", "training", "noise", "finite"]
+PARTS = ["rows", "pairs", "splits", "baselines", "training", "noise", "finite"]
 """The parts of a report's numbers that go to Dagster too: counts and statistics, no text."""
 
 
 def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
     """The table every analysis starts from."""
     key = dg.AssetKey([plan.name, f"implicit_rewards_{name}"])
-    objective = plan.objectives[name]
-    reference = dg.AssetKey([plan.name, f"logprobs_{objective.reference}"])
+    reference = dg.AssetKey([plan.name, f"logprobs_{plan.reference_of(name)}"])
     policy = dg.AssetKey([plan.name, f"logprobs_{name}"])
     lineage = {
         **{f"ref_{side}": reference for side in ("chosen", "rejected")},
@@ -33,7 +32,7 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
         deps=[
             dg.AssetKey([plan.name, "preference_pairs"]),
             dg.AssetKey([plan.name, "sequences"]),
-            dg.AssetKey([plan.name, f"policy_{name}"]),
+            *_trained(plan, name),
             reference,
             policy,
         ],
@@ -49,20 +48,20 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
                 }
             ),
         },
-        check_specs=[dg.AssetCheckSpec("every_tokenised_pair_has_a_reward", asset=key)],
+        check_specs=[dg.AssetCheckSpec("every_reported_pair_has_a_reward", asset=key)],
         required_resource_keys={resource_key(plan.name)},
     )
     def rewarded(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         run_plan, store = opened(context, plan.name)
         table = stages.compute_rewards(run_plan, store, name)
-        wanted = stages.n_tokenized(store)
+        wanted = stages.n_reported(run_plan, store)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(table.digest),
             metadata=table_metadata(table, f"rewards/{name}"),
             check_results=[
                 dg.AssetCheckResult(
                     passed=table.n_rows == wanted,
-                    metadata={"tokenised": wanted, "rewards": table.n_rows},
+                    metadata={"reported": wanted, "rewards": table.n_rows},
                 )
             ],
         )
@@ -71,9 +70,9 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
 
 
 def engines_agree(plan: Plan, name: str) -> list[dg.AssetChecksDefinition]:
-    """A step that scores an objective's pairs with the plan's second engine, if it has one."""
+    """A step that scores a policy's pairs with the plan's second engine, if it has one."""
     parity = plan.scoring.parity
-    if parity is None:
+    if parity is None or name not in (parity.policies or plan.policies):
         return []
 
     @dg.asset_check(
@@ -100,7 +99,7 @@ def reward_report(plan: Plan, name: str) -> dg.AssetsDefinition:
             dg.AssetKey([plan.name, f"implicit_rewards_{name}"]),
             dg.AssetKey([plan.name, "preference_pairs"]),
             dg.AssetKey([plan.name, "quarantined_rows"]),
-            dg.AssetKey([plan.name, f"policy_{name}"]),
+            *_trained(plan, name),
         ],
         group_name=GROUP,
         kinds={"html", "json"},
@@ -119,6 +118,11 @@ def reward_report(plan: Plan, name: str) -> dg.AssetsDefinition:
         )
 
     return reported
+
+
+def _trained(plan: Plan, name: str) -> list[dg.AssetKey]:
+    """The policy's asset, unless it was trained elsewhere."""
+    return [dg.AssetKey([plan.name, f"policy_{name}"])] if name in plan.objectives else []
 
 
 def _flat(numbers: dict[str, Any], prefix: str = "") -> dict[str, Any]:

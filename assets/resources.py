@@ -22,23 +22,28 @@ class PlanResource(dg.ConfigurableResource[Any]):
         "Models and objectives cannot be added here: they are the graph.",
     )
 
-    def open(self) -> tuple[Plan, Store]:
+    def open(self, at_once: int | None = None) -> tuple[Plan, Store]:
         """The plan with its overrides, and its store.
+
+        Args:
+            at_once: model steps that may run now, if fewer than the plan allows.
 
         Raises:
             pipeline.errors.PlanError: the plan or an override is wrong.
         """
         plan = load_plan(Path(self.path), self.overrides)
-        share_cores(plan.model_steps)
+        share_cores(min(plan.model_steps, at_once or plan.model_steps))
         return plan, store_of(plan)
 
 
 def opened(
-    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, plan_name: str
+    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext,
+    plan_name: str,
+    at_once: int | None = None,
 ) -> tuple[Plan, Store]:
-    """The run's plan and store, from inside an asset."""
+    """The run's plan and store, from inside an asset; see `PlanResource.open`."""
     resource: PlanResource = getattr(context.resources, resource_key(plan_name))
-    return resource.open()
+    return resource.open(at_once)
 
 
 def tag_run(context: dg.AssetExecutionContext, plan_name: str, plan: Plan) -> None:

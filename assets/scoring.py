@@ -15,13 +15,13 @@ MODEL_STEP = {MODEL_TAG: "true"}
 
 
 def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
-    """The log-probs of every sequence under a model of the plan or an objective's policy."""
+    """The log-probs of every sequence under a model of the plan, or of a policy's pairs."""
     key = dg.AssetKey([plan.name, f"logprobs_{name}"])
     deps = [dg.AssetKey([plan.name, "sequences"])]
     if name in plan.objectives:
         deps.append(dg.AssetKey([plan.name, f"policy_{name}"]))
     # A policy is scored as its reference is.
-    scorer = plan.objectives[name].reference if name in plan.objectives else name
+    scorer = plan.reference_of(name) if name in plan.policies else name
     library = "vllm" if plan.models[scorer].engine == "vllm" else "pytorch"
 
     @dg.asset(
@@ -40,7 +40,9 @@ def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
         required_resource_keys={resource_key(plan.name)},
     )
     def scored(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        run_plan, store = opened(context, plan.name)
+        # Every other step that holds a model waits for the models.
+        at_once = len(plan.scored_models) if name in plan.models else None
+        run_plan, store = opened(context, plan.name, at_once)
         result = stages.score(run_plan, store, name)
         table = stages.scored_rows(run_plan, store, name, result.key)
         test = result.null_test

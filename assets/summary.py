@@ -16,6 +16,10 @@ def beginning(plan: Plan) -> str:
     """
     lines = [f"plan '{plan.name}': {estimate(plan)}"]
     lines += [f"  objective  {name}: {objective}" for name, objective in plan.objectives.items()]
+    lines += [
+        f"  audit      {name}: {audit.policy} against {audit.reference}"
+        for name, audit in plan.audits.items()
+    ]
     return "\n".join(lines)
 
 
@@ -26,7 +30,7 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
     if pairs := found.get((plan.name, "preference_pairs")):
         rows = found.get((plan.name, "quarantined_rows"), {}).get("dagster/row_count", 0)
         lines.append(f"  pairs      {pairs['dagster/row_count']} valid, {rows} rows quarantined")
-    for name in (*plan.models, *plan.objectives):
+    for name in (*plan.scored_models, *plan.policies):
         if data := found.get((plan.name, f"logprobs_{name}")):
             loaded = "model loaded" if data["model_loaded"] else "no model loaded"
             lines.append(
@@ -49,7 +53,7 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
     for event in result.all_events:
         if event.is_step_failure and event.step_failure_data.error:
             lines.append(f"  STEP FAILED   {event.step_key}: {_cause(event.step_failure_data)}")
-    for name in plan.objectives:
+    for name in plan.policies:
         if data := found.get((plan.name, f"reward_report_{name}")):
             lines += _accuracy(name, data)
             lines += [f"  report     {data['report']}", f"  numbers    {data['json']}"]

@@ -10,12 +10,12 @@ from statistics import fmean
 from time import perf_counter
 
 from pipeline.intake.run import source_files
-from pipeline.models import parameter_count
+from pipeline.models import ModelSize, model_size
 from pipeline.plan import ModelConfig, Plan, SourceConfig
 from pipeline.processes import threads_of
 from pipeline.scoring.engines import engine_of
 from pipeline.scoring.engines.torch_engine import found_device_class
-from pipeline.sources import READERS, RowError, frame_rows, parse_object
+from pipeline.sources import READERS, RowError, Unit, frame_rows, parse_object
 
 _SAMPLE_ROWS = 200
 _CHARACTERS_PER_TOKEN = 4.0
@@ -25,8 +25,8 @@ _TEMPLATE_TOKENS = 40
 # Measured on two CPU cores, torch and vLLM in float32, with a model of 135 million parameters.
 _EFFICIENCY = 0.85
 """Floating-point speed of a scoring pass over that of a plain matrix product."""
-_TRAINED_OVER_SCORED = 2.4
-"""What a token costs in training (forward, backward, LoRA) over scoring it."""
+_BACKWARD_OVER_SCORED = 1.4
+"""What a token's way back costs, with LoRA in every layer, over scoring it."""
 _START_SECONDS = {"torch": 15.0, "vllm": 30.0}
 """Start, imports, loading and the trust gates of a step that uses a model."""
 
@@ -58,9 +58,11 @@ class _Pass:
     model: ModelConfig
     engine: str
     scored: float
+    """Pairs; as many tokens as both their sequences hold."""
     trained: float = 0.0
-    alone: bool = False
-    """Nothing else can run beside it: everything waits for its numbers."""
+    """Pairs."""
+    at_once: int = 1
+    """Passes that run side by side, each on its share of the cores."""
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -69,77 +71,88 @@ def estimate(plan: Plan) -> Estimate:
     Raises:
         SourceError: a source cannot be read.
     """
-    n_pairs, characters = _measure(plan)
+    n_pairs, prompt, reply = _measure(plan)
     if plan.limit_pairs is not None:
         n_pairs = min(n_pairs, plan.limit_pairs)
-    tokens = 2 * (characters / _CHARACTERS_PER_TOKEN + _TEMPLATE_TOKENS)
-    passes = list(_passes(plan, n_pairs, tokens))
-    sizes = {name: parameter_count(name) for name in {p.model.checkpoint for p in passes}}
+    passes = list(_passes(plan, n_pairs))
+    sizes = {name: model_size(name) for name in {p.model.checkpoint for p in passes}}
     seconds: float | None = None
     if found_device_class() == "cpu" and None not in sizes.values():
-        speed = _multiply_adds_per_second(threads_of(plan.model_steps)) * _EFFICIENCY
+        # A pair's two sequences share their prompt.
         seconds = sum(
-            _START_SECONDS[p.engine]
-            + (sizes[p.model.checkpoint] or 0)
-            * (p.scored + _TRAINED_OVER_SCORED * p.trained)
-            / speed
-            / (1 if p.alone else plan.model_steps)
-            for p in passes
+            _seconds(plan, p, sizes[p.model.checkpoint], prompt + 2 * reply) for p in passes
         )
+    tokens = 2 * (prompt + reply)
     return Estimate(
         n_pairs,
-        round(sum(p.scored for p in passes)),
-        round(sum(p.trained for p in passes)),
+        round(sum(p.scored for p in passes) * tokens),
+        round(sum(p.trained for p in passes) * tokens),
         seconds,
     )
 
 
-def _passes(plan: Plan, n_pairs: int, tokens: float) -> Iterator[_Pass]:
-    """Every step of the plan that loads a model; `tokens` is a pair's, both replies."""
-    n_test = plan.split.test_share * n_pairs
+def _seconds(plan: Plan, one: _Pass, size: ModelSize | None, tokens: float) -> float:
+    """What a pass adds to the run; `tokens` is a pair's."""
+    assert size is not None
+    speed = _multiply_adds_per_second(threads_of(one.at_once)) * _EFFICIENCY
+    last = plan.training.lora.last_layers
+    adapted = 1.0 if last is None else min(1.0, last / size.layers)
+    pairs = one.scored + one.trained * (1 + _BACKWARD_OVER_SCORED * adapted)
+    return (_START_SECONDS[one.engine] + size.parameters * pairs * tokens / speed) / one.at_once
+
+
+def _passes(plan: Plan, n_pairs: int) -> Iterator[_Pass]:
+    """Every step of the plan that loads a model."""
+    n_test = plan.split.test_share * n_pairs if plan.sources else n_pairs
     n_train = n_pairs - n_test
     seen = plan.training.epochs * n_train
     if plan.training.max_steps is not None:
         seen = min(seen, float(plan.training.max_steps * plan.training.batch_pairs))
-    for name, model in plan.models.items():
+    at_once = min(plan.model_steps, len(plan.scored_models))
+    for name in plan.scored_models:
+        model = plan.models[name]
         kl = sum(o.spec.needs_kl and o.reference == name for o in plan.objectives.values())
-        yield _Pass(model, engine_of(model), (n_pairs + n_train * kl) * tokens, alone=True)
-    parity = plan.scoring.parity
+        yield _Pass(model, engine_of(model), n_pairs + n_train * kl, at_once=at_once)
+    at_once = min(plan.model_steps, max(1, len(plan.policies)))
+    most = plan.scoring.train_pairs
+    n_reported = n_test + (n_train if most is None else min(n_train, most))
     for objective in plan.objectives.values():
-        start, reference = plan.models[objective.start], plan.models[objective.reference]
-        kl_tokens = seen * tokens if objective.spec.needs_kl else 0.0
-        yield _Pass(start, "torch", kl_tokens, seen * tokens)
-        yield _Pass(reference, engine_of(reference), n_pairs * tokens)
-        if parity is not None:
-            yield _Pass(reference, parity.engine, n_test * tokens)
-    if parity is not None:
-        for name in {objective.reference for objective in plan.objectives.values()}:
-            yield _Pass(plan.models[name], parity.engine, n_test * tokens)
+        kl_pairs = seen if objective.spec.needs_kl else 0.0
+        yield _Pass(plan.models[objective.start], "torch", kl_pairs, seen, at_once)
+    for name in plan.policies:
+        reference = plan.models[plan.reference_of(name)]
+        yield _Pass(reference, engine_of(reference), n_reported, at_once=at_once)
+    if (parity := plan.scoring.parity) is not None:
+        n_compared = min(n_test, parity.max_pairs or n_test)
+        compared = parity.policies or plan.policies
+        references = {plan.reference_of(policy) for policy in compared}
+        at_once = min(plan.model_steps, len(compared))
+        for name in (*map(plan.reference_of, compared), *references):
+            yield _Pass(plan.models[name], parity.engine, n_compared, at_once=at_once)
 
 
-def _measure(plan: Plan) -> tuple[int, float]:
-    """Rows of all sources, and the mean number of characters of one sequence among the first."""
+def _measure(plan: Plan) -> tuple[int, float, float]:
+    """Rows of all sources, and tokens of a prompt and of a reply, the mean of the first ones."""
     n_rows = 0
-    lengths: list[int] = []
+    prompts: list[int] = []
+    replies: list[int] = []
     for name, config in {**plan.sources, **plan.evaluation}.items():
         for _, path in source_files(name, config):
             for raw in frame_rows(path):
                 n_rows += 1
-                if len(lengths) < 2 * _SAMPLE_ROWS:
-                    lengths += _characters(config, raw.data)
-    return n_rows, fmean(lengths) if lengths else 0.0
+                if len(prompts) < _SAMPLE_ROWS:
+                    for unit in _units(config, raw.data):
+                        prompts.append(sum(len(message["content"]) for message in unit.prompt))
+                        replies += [len(unit.chosen), len(unit.rejected)]
+    prompt, reply = (fmean(n) / _CHARACTERS_PER_TOKEN if n else 0.0 for n in (prompts, replies))
+    return n_rows, prompt + _TEMPLATE_TOKENS, reply
 
 
-def _characters(config: SourceConfig, row: bytes) -> list[int]:
+def _units(config: SourceConfig, row: bytes) -> list[Unit]:
     try:
-        units = READERS[config.shape](parse_object(row))
+        return READERS[config.shape](parse_object(row))
     except RowError:
         return []
-    return [
-        sum(len(message["content"]) for message in unit.prompt) + len(reply)
-        for unit in units
-        for reply in (unit.chosen, unit.rejected)
-    ]
 
 
 def _multiply_adds_per_second(n_threads: int) -> float:

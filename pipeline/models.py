@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from dataclasses import asdict, dataclass
@@ -39,6 +40,14 @@ class Checkpoint:
 
     path: Path
     adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of all tensors, and layers they belong to."""
+
+    parameters: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -150,24 +159,26 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     return _read_json(adapter / "adapter_config.json")
 
 
-def parameter_count(checkpoint: str) -> int | None:
-    """Parameters of a packaged model or of a directory, from headers; None if it is not on disk."""
+def model_size(checkpoint: str) -> ModelSize | None:
+    """How large a packaged model or a directory's is, from headers; None if it is not on disk."""
+    shapes: dict[str, list[int]] = {}
     if checkpoint.startswith("packaged:"):
         from gguf import GGUFReader
 
         gguf = _packaged_file(checkpoint.removeprefix("packaged:"))
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
-    path = Path(checkpoint)
-    if not path.exists():
-        return None
-    from safetensors import safe_open
+        shapes = {t.name: [int(n) for n in t.shape] for t in GGUFReader(gguf).tensors}
+    elif (path := Path(checkpoint)).exists():
+        from safetensors import safe_open
 
-    total = 0
-    for file in weight_files(path):
-        with safe_open(file, framework="np") as tensors:
-            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
-        total += sum(math.prod(shape) for shape in shapes)
-    return total
+        for file in weight_files(path):
+            with safe_open(file, framework="np") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    shapes[key] = tensors.get_slice(key).get_shape()
+    else:
+        return None
+    # As in `model.layers.3.mlp.up_proj.weight` or `blk.3.ffn_up.weight`.
+    layers = {found[1] for name in shapes if (found := re.search(r"\.(\d+)\.", name))}
+    return ModelSize(sum(map(math.prod, shapes.values())), max(1, len(layers)))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerFast":

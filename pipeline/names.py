@@ -1,10 +1,12 @@
 """What a name in a plan stands for: a model or a trained policy, how it is run, what it scores."""
 
 import json
+from functools import partial
 
 import polars as pl
 
 from pipeline.errors import StoreError
+from pipeline.ids import unit_interval
 from pipeline.models import Checkpoint, resolve
 from pipeline.plan import ModelConfig, Plan
 from pipeline.scoring.ledger import ScorerKey
@@ -20,7 +22,7 @@ def store_of(plan: Plan) -> Store:
 
 
 def scored_by(plan: Plan, store: Store, name: str) -> tuple[ModelConfig, Checkpoint]:
-    """The checkpoint behind a name and how it is run: a model's, or an objective's policy.
+    """The checkpoint behind a name and how it is run: a model's, an objective's or audit's policy.
 
     A policy is scored in its reference's numerics, since the two are subtracted.
 
@@ -29,6 +31,9 @@ def scored_by(plan: Plan, store: Store, name: str) -> tuple[ModelConfig, Checkpo
     """
     if name in plan.models:
         return plan.models[name], resolve(plan.models[name], store)
+    if name in plan.audits:
+        audit = plan.audits[name]
+        return plan.models[audit.reference], resolve(plan.models[audit.policy], store)
     objective = plan.objectives[name]
     directory = store.policies / policy_id_of(store, name)
     if not directory.exists():
@@ -53,17 +58,39 @@ def policy_id_of(store: Store, name: str) -> str:
     return str(json.loads(pointer.read_text())["policy_id"])
 
 
+def reported_pairs(plan: Plan, store: Store) -> pl.DataFrame:
+    """The pairs policies are scored and reported on, as `schemas.PairSequence`.
+
+    All that were tokenised, or all but those of the `train` split that `scoring.train_pairs`
+    leaves out.
+    """
+    ways = read(store, "pair_sequences")
+    most = plan.scoring.train_pairs
+    if most is None:
+        return ways
+    pairs = read(store, "pairs").filter(pl.col("split") == "train")
+    train = ways.join(pairs, on="pair_id", how="semi")["pair_id"]
+    out = sorted(train, key=partial(unit_interval, salt="reported"))[most:]
+    return ways.filter(~pl.col("pair_id").is_in(out))
+
+
 def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
     """What a model or policy of the plan has to score, as `schemas.Sequence` with its passes.
 
     The reference of a loss with a KL term scores that loss's mismatched replies too; the policy
-    scores them while it is trained.
+    scores them while it is trained. A policy scores what it is reported on.
     """
     sequences = read(store, "sequences")
-    mismatched = [
-        kl_sequences(read(store, f"kl_sequences/{objective}"), sequences)
+    if name in plan.policies:
+        ways = reported_pairs(plan, store)
+        sequences = sequences.filter(
+            pl.col("sequence_id").is_in([*ways["chosen_id"], *ways["rejected_id"]])
+        )
+    kl = [
+        read(store, f"kl_sequences/{objective}")
         for objective, config in plan.objectives.items()
         if config.kl_partner is not None and config.reference == name
     ]
+    mismatched = [kl_sequences(table, sequences) for table in kl]
     wanted = pl.concat([sequences, *mismatched]).unique("sequence_id").sort("sequence_id")
-    return with_passes(wanted, read(store, "pair_sequences"))
+    return with_passes(wanted, read(store, "pair_sequences"), *kl)

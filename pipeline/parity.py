@@ -7,7 +7,7 @@ import polars as pl
 
 from pipeline.errors import ScoringError
 from pipeline.ids import unit_interval
-from pipeline.names import scored_by
+from pipeline.names import reported_pairs, scored_by
 from pipeline.plan import ModelConfig, ParityConfig, Plan
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.scoring.passes import with_passes
@@ -52,21 +52,21 @@ class Parity:
 
 
 def engine_parity(plan: Plan, store: Store, name: str) -> Parity:
-    """Score an objective's pairs of one split with the plan's second engine too, and compare.
+    """Score a policy's pairs of one split with the plan's second engine too, and compare.
 
     What the second engine makes is in the ledger under its own numerics, and is not made again.
 
     Raises:
         ScoringError: the plan names no second engine, it is the one that scored already, or no
-            pair of that split was tokenised.
+            pair of that split is reported on.
     """
     parity = plan.scoring.parity
     if parity is None:
         raise ScoringError("scoring.parity is not set: there is no engine to compare with")
-    objective = plan.objectives[name]
-    sequences = _sample(store, parity)
+    against = plan.reference_of(name)
+    sequences = _sample(plan, store, parity)
     columns = {}
-    for role, who in (("reference", objective.reference), ("policy", name)):
+    for role, who in (("reference", against), ("policy", name)):
         config, checkpoint = scored_by(plan, store, who)
         other_config: ModelConfig = config.model_copy(update={"engine": parity.engine})
         keys = [scorer_key(store, c, checkpoint) for c in (config, other_config)]
@@ -84,7 +84,7 @@ def engine_parity(plan: Plan, store: Store, name: str) -> Parity:
     reference, policy = columns["reference"], columns["policy"]
     ratios = [policy[i] - reference[i] for i in range(2)]
     differences = [(pair[0] - pair[1]).abs() for pair in (ratios, reference, policy)]
-    config, _ = scored_by(plan, store, objective.reference)
+    config, _ = scored_by(plan, store, against)
     return Parity(
         engine=keys[0].numerics.engine,
         other=parity.engine,
@@ -98,13 +98,13 @@ def engine_parity(plan: Plan, store: Store, name: str) -> Parity:
     )
 
 
-def _sample(store: Store, parity: ParityConfig) -> pl.DataFrame:
+def _sample(plan: Plan, store: Store, parity: ParityConfig) -> pl.DataFrame:
     pairs = read(store, "pairs").filter(pl.col("split") == parity.split)
-    ways = read(store, "pair_sequences").join(pairs, on="pair_id", how="semi")
+    ways = reported_pairs(plan, store).join(pairs, on="pair_id", how="semi")
     kept = sorted(ways["pair_id"], key=lambda i: unit_interval(i, "parity"))[: parity.max_pairs]
     ways = ways.filter(pl.col("pair_id").is_in(kept))
     if ways.is_empty():
-        raise ScoringError(f"scoring.parity: no pair of the split '{parity.split}' was tokenised")
+        raise ScoringError(f"scoring.parity: no pair of the split '{parity.split}' is reported on")
     ids = [*ways["chosen_id"], *ways["rejected_id"]]
     sampled = read(store, "sequences").filter(pl.col("sequence_id").is_in(ids))
     return with_passes(sampled, ways)

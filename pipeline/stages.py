@@ -1,8 +1,8 @@
 """The stages of a plan, each from published tables to published tables.
 
 `intake.run_intake` comes first; then `tokenize`, `score` for every model, `train` and `score` for
-every objective, `compute_rewards` and `write_report`. Every stage can run again: what is there
-already is not computed twice.
+every objective, `score` for every audit, `compute_rewards` and `write_report` for both. Every stage
+can run again: what is there already is not computed twice.
 """
 
 import json
@@ -13,9 +13,10 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.ids import content_id, unit_interval
+from pipeline.losses import REGISTRY
 from pipeline.models import load_tokenizer, resolve
-from pipeline.names import key_of, policy_id_of, scored_by, wanted_sequences
-from pipeline.plan import ModelConfig, Plan
+from pipeline.names import key_of, policy_id_of, reported_pairs, scored_by, wanted_sequences
+from pipeline.plan import ModelConfig, ObjectiveConfig, Plan
 from pipeline.report import RenderedReport, ReportInput, render
 from pipeline.rewards import reward_table
 from pipeline.scoring.ledger import ScorerKey, last_trust, read_logprobs, scorers
@@ -42,6 +43,7 @@ from schemas import (
     Tokenization,
     TrainingStep,
     UntokenizedPair,
+    polars_schema,
 )
 
 
@@ -158,17 +160,26 @@ def train(plan: Plan, store: Store, name: str) -> PolicyResult:
 
 
 def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
-    """The implicit rewards of an objective's policy against its reference."""
-    objective = plan.objectives[name]
-    reference, _ = key_of(plan, store, objective.reference)
+    """The implicit rewards of an objective's or an audit's policy against its reference."""
+    reference, _ = key_of(plan, store, plan.reference_of(name))
     policy, _ = key_of(plan, store, name)
-    spec, values = objective.spec, objective.values
-    # KTO's weights depend on a reference point; the one the policy was last trained with.
-    last = read(store, f"training_steps/{name}")["kl"][-1]
-    statistics = {} if last is None else {"kl": last}
+    statistics: dict[str, float] = {}
+    if name in plan.audits:
+        # Whatever it was trained with, it is looked at as DPO sees it.
+        spec, values, identifier = (
+            REGISTRY["dpo"],
+            {"beta": plan.report.beta},
+            policy.model.model_id,
+        )
+    else:
+        objective = plan.objectives[name]
+        spec, values, identifier = objective.spec, objective.values, policy_id_of(store, name)
+        # KTO's weights depend on a reference point; the one the policy was last trained with.
+        if (last := read(store, f"training_steps/{name}")["kl"][-1]) is not None:
+            statistics["kl"] = last
     table = reward_table(
         read(store, "pairs"),
-        read(store, "pair_sequences"),
+        reported_pairs(plan, store),
         read_logprobs(reference),
         read_logprobs(policy),
         beta=plan.report.beta,
@@ -176,65 +187,84 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         gradient_weight=lambda chosen, rejected: spec.gradient_weight(
             chosen, rejected, values, statistics
         ),
-        policy_id=policy_id_of(store, name),
+        policy_id=identifier,
         pairs_digest=current_snapshot(store, "pairs").digest,
     )
     return publish(store, f"rewards/{name}", table, Reward)
 
 
-def n_tokenized(store: Store) -> int:
-    """How many pairs were tokenised, and so must have a reward."""
-    return read(store, "pair_sequences").height
+def n_reported(plan: Plan, store: Store) -> int:
+    """How many pairs policies are reported on, and so must have a reward."""
+    return reported_pairs(plan, store).height
 
 
 def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
-    """The report of an objective's policy, as HTML and JSON."""
-    objective = plan.objectives[name]
-    reference, _ = key_of(plan, store, objective.reference)
+    """The report of an objective's or an audit's policy, as HTML and JSON."""
+    against = plan.reference_of(name)
+    reference, _ = key_of(plan, store, against)
     policy, _ = key_of(plan, store, name)
     pairs, rewards = read(store, "pairs"), read(store, f"rewards/{name}")
-    target = objective.spec.target(objective.values)
+    ways = read(store, "pair_sequences")
     identities = {
         "plan": plan.name,
         "plan digest": plan.digest,
         "pairs": current_snapshot(store, "pairs").digest,
         "rewards": current_snapshot(store, f"rewards/{name}").digest,
         "tokenisation": read(store, "tokenizations")["tokenization_id"][0],
-        "reference": f"{objective.reference}: {_shown(plan.models[objective.reference])}",
+        "reference": f"{against}: {_shown(plan.models[against])}",
         "reference model id": reference.model.model_id,
-        "policy id": policy_id_of(store, name),
         "policy model id": policy.model.model_id,
         "numerics id": reference.numerics.numerics_id,
         "engine": f"{reference.numerics.engine} {reference.numerics.engine_version}, "
         f"{reference.numerics.body_dtype}, {reference.numerics.device_class}",
-        "seed": str(plan.training.seed),
     }
+    if name in plan.audits:
+        audited = plan.audits[name].policy
+        identities["policy"] = f"{audited}: {_shown(plan.models[audited])}"
+        loss, has_reference = {}, True
+        steps = pl.DataFrame(schema=polars_schema(TrainingStep))
+    else:
+        identities |= {"policy id": policy_id_of(store, name), "seed": str(plan.training.seed)}
+        objective = plan.objectives[name]
+        loss, has_reference = _loss(objective), objective.spec.needs_reference
+        steps = read(store, f"training_steps/{name}")
+    left_out = pairs.height - _limited(pairs, plan.limit_pairs).height
+    left_out += ways.height - reported_pairs(plan, store).height
     rendered = render(
         ReportInput(
             title=f"{name}: implicit rewards",
             plan=plan.name,
             objective=name,
-            loss={
-                "loss": objective.loss,
-                **{key: f"{value:g}" for key, value in objective.values.items()},
-                "target": "none, it always asks for more" if target is None else str(target),
-                "paper": objective.spec.paper,
-            },
-            has_reference=objective.spec.needs_reference,
+            loss=loss,
+            has_reference=has_reference,
             rewards=rewards,
             pairs=pairs,
             rows=read(store, "rows"),
             quarantine=read(store, "quarantine"),
             untokenized=read(store, "untokenized_pairs"),
-            training_steps=read(store, f"training_steps/{name}"),
+            training_steps=steps,
+            training_pairs=pairs.filter(pl.col("split") == "train").join(
+                ways, on="pair_id", how="semi"
+            ),
             provenance=identities,
             noise_floor=_noise_floor(reference, policy),
-            n_left_out=pairs.height - _limited(pairs, plan.limit_pairs).height,
+            n_left_out=left_out,
         )
     )
     html = publish_file(store, f"reports/{name}", rendered.html.encode(), ".html")
     numbers = publish_file(store, f"reports/{name}", rendered.json.encode(), ".json")
     return ReportResult(_pointer(store, name, html), _pointer(store, name, numbers), rendered)
+
+
+def _loss(objective: ObjectiveConfig) -> dict[str, str]:
+    """What a policy was trained with, as a report shows it."""
+    target = objective.spec.target(objective.values)
+    return {
+        "loss": objective.loss,
+        **{key: f"{value:g}" for key, value in objective.values.items()},
+        "target": "none, it always asks for more" if target is None else str(target),
+        "paper": objective.spec.paper,
+    }
 
 
 def _limited(pairs: pl.DataFrame, limit: int | None) -> pl.DataFrame:

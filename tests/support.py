@@ -87,7 +87,7 @@ def tokenized(path: Path, *overrides: str) -> tuple[Plan, Store]:
 def prepared(path: Path, *overrides: str) -> tuple[Plan, Store]:
     """A plan with its intake, tokenisation and the scoring of its models done."""
     plan, store = tokenized(path, *overrides)
-    for name in plan.models:
+    for name in plan.scored_models:
         score(plan, store, name)
     return plan, store
 

@@ -1,7 +1,9 @@
 """The plan: one YAML file that says what to read, score, train and report."""
 
+from pipeline.plan.audit import write_audit_plan
 from pipeline.plan.load import environment_overrides, load_plan
 from pipeline.plan.sections import (
+    AuditConfig,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -17,6 +19,7 @@ from pipeline.plan.sections import (
 )
 
 __all__ = [
+    "AuditConfig",
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -31,4 +34,5 @@ __all__ = [
     "VllmConfig",
     "environment_overrides",
     "load_plan",
+    "write_audit_plan",
 ]

@@ -168,12 +168,27 @@ class ObjectiveConfig(_Section):
         return ", ".join(said)
 
 
+class AuditConfig(_Section):
+    """A policy that was trained elsewhere, to be reported against a reference; both are models.
+
+    The policy is scored in the reference's numerics, whatever its own are.
+    """
+
+    reference: Name
+    policy: Name
+
+
 class LoraConfig(_Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     target_modules: str | list[str] = "all-linear"
+    last_layers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Adapters in the last so many layers only, which costs less; null: in all.",
+    )
 
 
 class TrainingConfig(_Section):
@@ -201,6 +216,9 @@ class ParityConfig(_Section):
 
     engine: Literal["torch", "vllm"]
     split: Literal["train", "test", "evaluation"] = "test"
+    policies: list[Name] | None = Field(
+        default=None, description="Objectives and audits to compare; null: all."
+    )
     max_pairs: int | None = Field(default=None, ge=1, description="The first by their ids' hash.")
     tolerance: float | None = Field(
         default=None, gt=0, description="Nats per sequence; null: 5e-3 in float32, 1.0 in half."
@@ -235,6 +253,12 @@ class ScoringConfig(_Section):
         default=None, gt=0, description="Nats per sequence; by dtype where null."
     )
     parity: ParityConfig | None = None
+    train_pairs: int | None = Field(
+        default=None,
+        ge=0,
+        description="Training pairs that policies are scored and reported on, the first by their "
+        "ids' hash; null: all. Held-out pairs are always scored.",
+    )
 
     def tolerance(self, dtype: str) -> float:
         """What two scores of one sequence may differ by, nats.
@@ -257,7 +281,7 @@ class Plan(_Section):
 
     name: Name
     store: Path = Path("../store")
-    sources: dict[Name, SourceConfig] = Field(min_length=1)
+    sources: dict[Name, SourceConfig] = {}
     evaluation: dict[Name, SourceConfig] = {}
     limit_pairs: int | None = Field(
         default=None, ge=1, description="Go on with this many pairs, chosen by their ids' hash."
@@ -266,6 +290,7 @@ class Plan(_Section):
     tokenization: TokenizationConfig = TokenizationConfig()
     models: dict[Name, ModelConfig] = Field(min_length=1)
     objectives: dict[Name, ObjectiveConfig] = {}
+    audits: dict[Name, AuditConfig] = {}
     training: TrainingConfig = TrainingConfig()
     scoring: ScoringConfig = ScoringConfig()
     report: ReportConfig = ReportConfig()
@@ -287,21 +312,49 @@ class Plan(_Section):
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Plan":
-        for name, objective in self.objectives.items():
-            for field in ("reference", "start"):
-                named = getattr(objective, field)
-                if named not in self.models:
-                    raise _fault(
-                        f"objectives.{name}.{field}",
-                        f"'{named}' is not one of the models: {', '.join(self.models)}",
-                    )
+        if not self.sources and not self.evaluation:
+            raise _fault("sources", "there is none, and no evaluation source either")
+        said = [(f"objectives.{n}.reference", o.reference) for n, o in self.objectives.items()]
+        said += [(f"objectives.{n}.start", o.start) for n, o in self.objectives.items()]
+        said += [(f"audits.{n}.reference", a.reference) for n, a in self.audits.items()]
+        said += [(f"audits.{n}.policy", a.policy) for n, a in self.audits.items()]
+        for key, model in said:
+            if model not in self.models:
+                known = ", ".join(self.models)
+                raise _fault(key, f"'{model}' is not one of the models: {known}")
+        for policy in (self.scoring.parity and self.scoring.parity.policies) or ():
+            if policy not in self.policies:
+                known = ", ".join(self.policies)
+                raise _fault("scoring.parity.policies", f"'{policy}' is not one of {known}")
         for section, what, left, right in (
             ("objectives", "a model and an objective", self.models, self.objectives),
+            ("audits", "a model and an audit", self.models, self.audits),
+            ("audits", "an objective and an audit", self.objectives, self.audits),
             ("evaluation", "a source and an evaluation source", self.sources, self.evaluation),
         ):
             if both := sorted(set(left) & set(right)):
                 raise _fault(f"{section}.{both[0]}", f"names {what}; names must differ")
         return self
+
+    @property
+    def policies(self) -> list[str]:
+        """What there are rewards and a report of: objectives, then audits."""
+        return [*self.objectives, *self.audits]
+
+    @property
+    def scored_models(self) -> list[str]:
+        """Models scored under their own names: all but those that are only audited."""
+        audited = {audit.policy for audit in self.audits.values()}
+        used = {audit.reference for audit in self.audits.values()}
+        for objective in self.objectives.values():
+            used |= {objective.reference, objective.start}
+        return [name for name in self.models if name in used or name not in audited]
+
+    def reference_of(self, policy: str) -> str:
+        """The model a policy is reported against."""
+        if policy in self.objectives:
+            return self.objectives[policy].reference
+        return self.audits[policy].reference
 
     @property
     def digest(self) -> str:

@@ -74,6 +74,34 @@ def histogram_png(histogram: dict[str, Any] | None) -> bytes:
     return buffer.getvalue()
 
 
+def agreement_svg(rows: list[dict[str, Any]], *, narrow: bool) -> str:
+    """Accuracies with their intervals, one under the other, as an `<svg>` element.
+
+    Args:
+        rows: `name`, `accuracy`, `accuracy_low`, `accuracy_high` each; the policy's first.
+        narrow: whether for a phone.
+    """
+    height = 0.6 + 0.27 * len(rows)
+    look = _Look(4.0, height + 0.1, str) if narrow else _Look(7.6, height, str)
+    with _defaults(f"agreement-{narrow}"):
+        figure = Figure(figsize=(look.width, look.height), layout="constrained")
+        axis = figure.add_subplot()
+        _style(axis, look)
+        axis.grid(axis="y", visible=False)
+        axis.grid(axis="x", color=look.colour(_FAINT), linewidth=0.6)
+        axis.axvline(50, color=look.colour(_INK), linewidth=0.9, linestyle=(0, (3, 2)))
+        for k, row in enumerate(rows):
+            colour = look.colour(_SERIES["test"] if k == 0 else _INK)
+            ends = [100 * row["accuracy_low"], 100 * row["accuracy_high"]]
+            axis.plot(ends, [k, k], color=colour, linewidth=2.6 if k == 0 else 1.2)
+            axis.plot([100 * row["accuracy"]], [k], "o", color=colour, markersize=8 - 2 * (k > 0))
+        axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_xlim(0, 100)
+        axis.set_xlabel("agrees with the preference, % of pairs; 95 % interval")
+        return _svg(figure, f"a{int(narrow)}")
+
+
 def training_svg(curve: pl.DataFrame, *, narrow: bool) -> str:
     """Loss, accuracy and margin over the steps as an `<svg>` element; `curve` is of `thinned`."""
     look = _Look(4.0, 6.4, str) if narrow else _Look(7.6, 2.5, str)

@@ -21,13 +21,16 @@ class ReportInput:
         title: heading of the page.
         plan: name of the plan.
         objective: name of the objective in the plan.
-        loss: what the policy was trained with, as text, for instance name and beta.
+        loss: what the policy was trained with, as text, for instance name and beta; empty where
+            that is not known.
         rewards: `schemas.Reward` of one policy and one beta.
         pairs: `schemas.PreferencePair`, at least the pairs in `rewards`.
         rows: `schemas.InputRow`.
         quarantine: `schemas.QuarantinedRow`.
         untokenized: `schemas.UntokenizedPair`.
-        training_steps: `schemas.TrainingStep`; may be empty.
+        training_steps: `schemas.TrainingStep`; empty for a policy trained elsewhere.
+        training_pairs: `schemas.PreferencePair`, what the plan trains on; the classifier among the
+            baselines is fitted on them.
         provenance: what identifies the run, as text.
         noise_floor: the largest difference, in nats, between two log-probs of one sequence scored
             in other batches; None when it was not measured.
@@ -45,6 +48,7 @@ class ReportInput:
     quarantine: pl.DataFrame
     untokenized: pl.DataFrame
     training_steps: pl.DataFrame
+    training_pairs: pl.DataFrame
     provenance: Mapping[str, str]
     noise_floor: float | None
     has_reference: bool = True
@@ -82,6 +86,7 @@ def ordered(inp: ReportInput) -> ReportInput:
         ),
         untokenized=inp.untokenized.sort("file", "row", "pair_id"),
         training_steps=inp.training_steps.sort("step"),
+        training_pairs=inp.training_pairs.sort("pair_id"),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from pipeline.report.baselines import baselines
 from pipeline.report.histogram import margin_histogram
 from pipeline.report.inputs import ReportInput, finite_rows, ordered
 from pipeline.rewards import accuracy, correct
@@ -20,8 +21,8 @@ def report_numbers(inp: ReportInput) -> dict[str, Any]:
 
     Rows of `rewards` with a number that is not finite are counted and left out of every statistic.
     The keys are `rows`, `quarantined_by_rule`, `untokenized_by_rule`, `pairs`, `splits` (`all` and
-    each split), `held_out_split`, `categories`, `training`, `noise`, `histogram`, `finite`, and
-    what names the report.
+    each split), `held_out_split`, `baselines`, `categories`, `training`, `noise`, `histogram`,
+    `finite`, and what names the report.
 
     Raises:
         ReportError: the tables do not belong together (`pipeline.report.inputs.ordered`).
@@ -31,6 +32,7 @@ def report_numbers(inp: ReportInput) -> dict[str, Any]:
     beta = rewards.item(0, "beta") if rewards.height else None
     noise = _noise(inp.noise_floor, beta)
     held_out = next((s for s in ("test", "evaluation") if s in set(rewards["split"])), None)
+    judged = rewards if held_out is None else rewards.filter(split=held_out)
     splits = {
         name: _split_numbers(
             rewards if name == "all" else rewards.filter(split=name), noise["margin"]
@@ -48,10 +50,9 @@ def report_numbers(inp: ReportInput) -> dict[str, Any]:
         "untokenized_by_rule": _by_rule(inp.untokenized),
         "pairs": _pair_numbers(inp),
         "held_out_split": held_out,
+        "baselines": baselines(judged, inp.pairs, inp.training_pairs),
         "splits": splits,
-        "categories": _categories(
-            rewards if held_out is None else rewards.filter(split=held_out), inp.pairs
-        ),
+        "categories": _categories(judged, inp.pairs),
         "training": _training_numbers(inp.training_steps, noise["margin"], inp.has_reference),
         "noise": noise,
         "histogram": margin_histogram(

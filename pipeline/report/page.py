@@ -15,6 +15,13 @@ from pipeline.report.text import count, label, number, passage, percent, sentenc
 _TABLE_ROWS = 50
 _OPEN_EXAMPLES = 3
 _PROVENANCE_ROWS = 60
+BASELINES = {
+    "longer_reply": "the longer reply",
+    "words": "a classifier of words",
+    "reference_sum": "the reference, untrained",
+    "reference_per_token": "the same, per token",
+}
+"""Names of `pipeline.report.baselines`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ def _page(inp: ReportInput, numbers: dict[str, Any]) -> str:
         verdicts=_verdicts(numbers),
         headline=_headline(numbers),
         columns=_columns(numbers),
+        agreement=_agreement_view(numbers),
         split_names=figures.SPLIT_NAMES,
         histogram=_histogram_view(numbers),
         training=_training_view(inp, numbers),
@@ -147,7 +155,7 @@ def _start_verdict(training: dict[str, Any] | None) -> dict[str, str]:
             "name": "Start",
             "value": "no training log",
             "state": "info",
-            "note": "the policy was not trained in this run",
+            "note": "the policy was trained elsewhere",
         }
     first = training["first"]
     value, state = {
@@ -191,7 +199,14 @@ def _headline(numbers: dict[str, Any]) -> list[str]:
     else:
         sentences.append("The interval includes 50 %, so a coin toss cannot be ruled out.")
     baseline = shown["length_only_accuracy"]
+    others = {row["key"]: row["accuracy"] for row in numbers["baselines"]["rows"]}
+    words, untrained = others["words"], percent(others["reference_sum"])
     sentences.append(f"Always guessing the longer reply would reach {percent(baseline)}.")
+    sentences.append(
+        ("" if words is None else f"A classifier of the replies' words reaches {percent(words)}; ")
+        + f"the untrained reference finds the chosen reply more likely in {untrained}."
+    )
+    sentences[-1] = sentence_case(sentences[-1])
     if baseline > 0.5 and low <= baseline <= high:
         sentences.append("The policy cannot be told apart from that rule.")
     sentences.append(
@@ -199,6 +214,30 @@ def _headline(numbers: dict[str, Any]) -> list[str]:
         "than under the reference."
     )
     return sentences
+
+
+def _agreement_view(numbers: dict[str, Any]) -> dict[str, Any] | None:
+    """The policy beside its baselines, on the pairs it is judged by."""
+    shown = numbers["splits"][numbers["held_out_split"] or "all"]
+    if not shown["n"]:
+        return None
+    rows = [
+        {"name": name, **{k: row[k] for k in ("accuracy", "accuracy_low", "accuracy_high")}}
+        for name, row in [
+            ("the policy", shown),
+            *((BASELINES[row["key"]], row) for row in numbers["baselines"]["rows"]),
+        ]
+    ]
+    drawn = [row for row in rows if row["accuracy"] is not None]
+    said = ", ".join(f"{row['name']} {percent(row['accuracy'])}" for row in drawn)
+    return {
+        "wide": Markup(figures.agreement_svg(drawn, narrow=False)),
+        "narrow": Markup(figures.agreement_svg(drawn, narrow=True)),
+        "description": f"Accuracy on {count(shown['n'])} pairs: {said}.",
+        "rows": rows,
+        "n_fitted": numbers["baselines"]["n_fitted"],
+        "crossed": numbers["baselines"]["cross_validated"],
+    }
 
 
 def _histogram_view(numbers: dict[str, Any]) -> dict[str, Any] | None:

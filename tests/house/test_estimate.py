@@ -8,7 +8,7 @@ import pytest
 from pipeline import estimate as module
 from pipeline.estimate import Estimate, estimate
 from pipeline.intake import run_intake
-from pipeline.models import parameter_count
+from pipeline.models import model_size
 from pipeline.names import store_of, wanted_sequences
 from pipeline.plan import load_plan
 from pipeline.stages import tokenize
@@ -48,7 +48,9 @@ def test_minutes_grow_with_what_is_asked_for(write_plan: WritePlan) -> None:
     assert seconds(one, "training.epochs=5", "training.max_steps=1") < base
     assert seconds(one, "limit_pairs=6") < base
     assert seconds(one, "scoring.parity={engine: vllm}") > base + 2 * 30
-    assert seconds(one, "model_steps=2") > base, "the reference has half the cores, and is alone"
+    assert seconds(one, "training.lora.last_layers=1") < base
+    assert seconds(one, "scoring.train_pairs=0") < base
+    assert seconds(one, "model_steps=2") == base, "one objective has nothing beside it"
     two = {n: {"loss": n, "reference": "base", "start": "base"} for n in ("dpo", "ipo")}
     with_ipo = seconds(write_plan(objectives=two))
     two["ipo"]["loss"] = "kto"
@@ -75,6 +77,12 @@ def test_parameters_are_counted_from_headers(tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    assert parameter_count(str(tiny_model)) == sum(p.numel() for p in model.parameters())
-    packaged = parameter_count("packaged:smollm2-135m-instruct")
-    assert packaged == pytest.approx(134.5e6, rel=0.01), "SmolLM2-135M, its head tied"
+    tiny = model_size(str(tiny_model))
+    assert tiny is not None
+    assert tiny.parameters == sum(p.numel() for p in model.parameters())
+    assert tiny.layers == 2
+    packaged = model_size("packaged:smollm2-135m-instruct")
+    assert packaged is not None
+    assert packaged.parameters == pytest.approx(134.5e6, rel=0.01), "SmolLM2-135M, its head tied"
+    assert packaged.layers == 30
+    assert model_size("someone/elsewhere") is None

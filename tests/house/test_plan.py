@@ -103,8 +103,23 @@ def test_a_minimal_plan_and_its_defaults(tmp_path: Path) -> None:
         (put(None, "training"), "training", ["epochs", "seed"]),
         (put([1], "training"), "training", ["epochs", "seed"]),
         (put(None, "models"), "models", []),
-        (put({}, "sources"), "sources", ["at least 1"]),
-        (lambda plan: plan.pop("sources"), "sources", ["required"]),
+        (put({}, "sources"), "sources", ["there is none", "evaluation"]),
+        (lambda plan: plan.pop("sources"), "sources", ["there is none", "evaluation"]),
+        (
+            put({"reference": "sft", "policy": "b"}, "audits", "theirs"),
+            "audits.theirs.policy",
+            ["'b'", "sft"],
+        ),
+        (
+            put({"reference": "sft", "policy": "sft"}, "audits", "dpo"),
+            "audits.dpo",
+            ["an objective and an audit"],
+        ),
+        (
+            put({"engine": "vllm", "policies": ["ppo"]}, "scoring", "parity"),
+            "scoring.parity.policies",
+            ["'ppo'", "dpo"],
+        ),
         (lambda plan: plan["sources"]["hh"].pop("shape"), "sources.hh.shape", ["required"]),
         (lambda plan: plan["objectives"]["dpo"].pop("start"), "objectives.dpo.start", ["required"]),
         (
@@ -339,6 +354,7 @@ OTHER: dict[str, object] = {
     "store": "other", "evaluation": {"e": {"path": "e", "shape": "hh"}},
     "engine": "vllm", "loss": "ipo", "head_dtype": "model", "attention_backend": "FLASH_ATTN",
     "reference_correction": "never", "parity": {"engine": "vllm"},
+    "audits": {"theirs": {"reference": "sft", "policy": "two"}},
 }  # fmt: skip
 """Another valid value for each key that is not a number."""
 

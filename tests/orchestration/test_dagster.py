@@ -71,7 +71,7 @@ def test_the_demo_graph() -> None:
         }
     assert edges == expected
     checks = {key.name for key in graph.asset_check_keys if "implicit" in str(key.asset_key)}
-    assert checks == {"every_tokenised_pair_has_a_reward", "engines_agree"}
+    assert checks == {"every_reported_pair_has_a_reward", "engines_agree"}
 
 
 def test_the_workspace_loads_from_any_folder(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_one_job_from_pairs_to_report(write_plan: WritePlan, instance: dg.Dagste
         "logprobs_are_finite": True,
         "scoring_is_repeatable": True,
         "training_starts_where_the_tables_say": True,
-        "every_tokenised_pair_has_a_reward": True,
+        "every_reported_pair_has_a_reward": True,
     }
     assert metadata(result, "policy_dpo")["first_accuracy"] == 0.5
     assert metadata(result, "logprobs_base")["rows_scored"] == 24

@@ -142,6 +142,7 @@ def made(n: int = 90, text: str = "", splits: tuple[str, ...] = ("train", "test"
             [{**lost, **not_scored, "tokenization_id": ident("t"), "pair_id": ident("lost")}],
         ),
         training_steps=frame(TrainingStep, steps),
+        training_pairs=frame(PreferencePair, pairs).filter(split="train"),
         provenance={put("key", "seed"): put("value", "0")},
         noise_floor=FLOOR,
     )

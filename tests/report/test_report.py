@@ -214,7 +214,7 @@ def test_rewards_that_are_not_finite_are_counted_and_left_out(value: float) -> N
 def test_empty_tables_make_a_report() -> None:
     inp = made()
     empty = replace(inp, noise_floor=None, **{name: getattr(inp, name).clear() for name in FRAMES})
-    assert len(FRAMES) == 6
+    assert len(FRAMES) == 7
     rendered = render(empty)
     assert rendered.numbers["splits"]["all"]["accuracy"] is None
     assert rendered.numbers["training"] is None
@@ -303,7 +303,7 @@ def test_page_is_one_well_formed_document() -> None:
         assert plain(next(iter(table.iter("caption")))).strip()
         assert all(cell.get("scope") in {"col", "row"} for cell in table.iter("th"))
     figures = [e for e in page.iter("div") if "plot" in (e.get("class") or "")]
-    assert len(figures) == 4
+    assert len(figures) == 6
     assert all(f.get("role") == "img" and f.get("aria-label") for f in figures)
     ids = [e.get("id") for e in page.iter() if e.get("id")]
     assert len(ids) == len(set(ids))

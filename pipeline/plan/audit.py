@@ -1,0 +1,101 @@
+"""A plan for one question: what does this policy prefer, against that reference, on these pairs?"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import PlanError
+from pipeline.sources import shape_of
+
+_TAKEN = ("reference", "policy")
+
+
+def write_audit_plan(
+    pairs: Path,
+    reference: str,
+    policy: str,
+    *,
+    store: Path,
+    name: str | None = None,
+    shape: str | None = None,
+    numerics: dict[str, str] | None = None,
+) -> Path:
+    """Write the plan of an audit into its store, as `<store>/<plan>/plan.yaml`; returns its path.
+
+    Nothing is held out by the audit and nothing trained on: all pairs are evaluation pairs. The
+    plan names absolute paths, and can be edited and run again.
+
+    Args:
+        pairs: the file or folder of preference pairs.
+        reference: a checkpoint: directory, hub id or `packaged:` name.
+        policy: another; or the directory of a PEFT adapter, which goes over the reference; or the
+            `current.json` of a policy that a plan has trained.
+        store: where the tables go.
+        name: the plan's; by default made of the file's name.
+        shape: of the pairs; found out by default.
+        numerics: `dtype`, `engine` and the like of both models.
+
+    Raises:
+        PlanError: the pairs are not there, or a `.json` is no pointer to a policy.
+        SourceError: no shape fits.
+    """
+    if not pairs.exists():
+        raise PlanError(f"{pairs}: no such file or folder")
+    plan = name or f"audit_{_slug(pairs.name.partition('.')[0])}"
+    model = {"checkpoint": _located(reference), **(numerics or {})}
+    audit = _slug(Path(policy).name if Path(policy).exists() else policy)
+    if (pointer := Path(policy)).suffix == ".json" and pointer.is_file():
+        audit, policy = _slug(pointer.parent.name), str(_trained(pointer))
+    audited = {**model, "checkpoint": _located(policy)}
+    if (Path(policy) / "adapter_config.json").exists():
+        audited = {**model, "adapter": _located(policy)}
+    values: dict[str, Any] = {
+        "name": plan,
+        "store": str(store.resolve()),
+        "evaluation": {
+            "pairs": {"path": str(pairs.resolve()), "shape": shape or shape_of(_a_file(pairs))}
+        },
+        "models": {"reference": model, "policy": audited},
+        "audits": {
+            f"{audit}_audit" if audit in _TAKEN else audit: {
+                "reference": "reference",
+                "policy": "policy",
+            }
+        },
+    }
+    path = store.resolve() / plan / "plan.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = "# Written by `logratio audit`; edit it and run it again with `logratio run`.\n"
+    path.write_text(head + yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def _located(checkpoint: str) -> str:
+    """An absolute path, or a name as it is."""
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
+
+
+def _trained(pointer: Path) -> Path:
+    """The directory behind `<store>/<plan>/policies/<objective>/current.json`."""
+    try:
+        identifier = json.loads(pointer.read_text())["policy_id"]
+        directory = pointer.resolve().parents[3] / "policies" / str(identifier)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise PlanError(f"{pointer}: does not name a policy: {error}") from None
+    if not directory.is_dir():
+        raise PlanError(f"{pointer}: the policy it names is not at {directory}")
+    return directory
+
+
+def _a_file(pairs: Path) -> Path:
+    files = sorted(path for path in pairs.rglob("*.*") if path.is_file()) if pairs.is_dir() else []
+    return files[0] if files else pairs
+
+
+def _slug(text: str) -> str:
+    """A name as plans have them."""
+    slug = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:50]
+    return slug if slug[:1].isalpha() else f"p_{slug}"
