@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 LN2 = math.log(2)
 MAX_POINTS = 300
 # In the order of a page: what the policy has not seen first.
-SPLIT_NAMES = {"test": "held-out (test)", "evaluation": "held-out (evaluation)", "train": "train"}
+SPLIT_NAMES = {"test": "held-out (test)", "evaluation": "evaluation", "train": "train"}
 CURVES = ("loss", "rewards/accuracies", "rewards/margins")
 
 # Colours no data carries, each replaced by what the page's style sheet says, light or dark.

@@ -185,7 +185,7 @@ def _headline(numbers: dict[str, Any]) -> list[str]:
     where += f" ({count(shown['n_prompts'])} distinct prompts)"
     if split is None:
         where += ", which the policy was trained on since none were held out,"
-    else:
+    elif numbers["training"] is not None:
         where += " held out from training"
     low, high = shown["accuracy_low"], shown["accuracy_high"]
     sentences = [
@@ -207,8 +207,13 @@ def _headline(numbers: dict[str, Any]) -> list[str]:
         + f"the untrained reference finds the chosen reply more likely in {untrained}."
     )
     sentences[-1] = sentence_case(sentences[-1])
-    if baseline > 0.5 and low <= baseline <= high:
-        sentences.append("The policy cannot be told apart from that rule.")
+    alike = [
+        name
+        for name, reached in (("the longer reply", baseline), ("the classifier", words))
+        if reached is not None and reached > 0.5 and low <= reached <= high
+    ]
+    if alike:
+        sentences.append(f"The policy cannot be told apart from {' or '.join(alike)}.")
     sentences.append(
         f"In {percent(shown['displaced_share'])} of these pairs the chosen reply is less likely "
         "than under the reference."
