@@ -98,7 +98,7 @@ def agreement_svg(rows: list[dict[str, Any]], *, narrow: bool) -> str:
         axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.set_xlim(0, 100)
-        axis.set_xlabel("agrees with the preference, % of pairs; 95 % interval")
+        axis.set_xlabel("accuracy and 95 % interval, %")
         return _svg(figure, f"a{int(narrow)}")
 
 
