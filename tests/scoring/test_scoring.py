@@ -134,7 +134,7 @@ def test_groups_hold_each_sequence_once(packaged_model: Checkpoint, store: Store
     assert sorted(c.sequence_id for g in groups for c in g.completions) == list(
         sequences["sequence_id"]
     )
-    assert len({g.prompt_ids.tobytes() for g in groups}) == len(groups) == 120
+    assert len({g.prompt_ids.tobytes() for g in groups}) == len(groups) == 256
     lengths = [len(g.prompt_ids) + max(len(c.ids) for c in g.completions) for g in groups]
     assert lengths == sorted(lengths, reverse=True)
 
