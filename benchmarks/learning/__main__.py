@@ -99,7 +99,7 @@ def _summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "low": low,
                 "high": high,
                 "own_score": float(np.mean([r["own_correct"] for r in runs])),
-                "longer_reply": baseline["longer_reply"],
+                "length": baseline["length"],
                 "words": baseline["words"],
                 "untrained": baseline["reference_sum"],
             }

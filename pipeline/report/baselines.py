@@ -1,7 +1,8 @@
 """What a policy has to beat: rules that know nothing of it, on the same pairs.
 
-Length alone; the words of the replies, by a TF-IDF + logistic classifier fitted on the pairs the
-policy was trained on; and the untrained reference, which prefers what it finds more likely.
+Length alone, the longer or the shorter reply as the training pairs have it; the words of the
+replies, by a TF-IDF + logistic classifier fitted on the pairs the policy was trained on; and the
+untrained reference, which prefers what it finds more likely.
 """
 
 import math
@@ -30,20 +31,24 @@ def baselines(rewards: pl.DataFrame, pairs: pl.DataFrame, fitted: pl.DataFrame) 
     Args:
         rewards: `schemas.Reward`, finite; the pairs to judge by.
         pairs: `schemas.PreferencePair`, at least those.
-        fitted: `schemas.PreferencePair` the classifier is fitted on; if it is empty, the classifier
-            is cross-validated on the judged pairs instead, by prompt.
+        fitted: `schemas.PreferencePair` the classifier is fitted on, and the rule about length
+            chosen by; if it is empty, the rule is the longer reply, and the classifier is
+            cross-validated on the judged pairs, by prompt.
 
     Returns:
         `rows`, each with `key`, `accuracy`, `accuracy_low` and `accuracy_high` (95 %, as
-        `pipeline.rewards.accuracy`), None where there is nothing to say; and `n_fitted`,
-        `cross_validated` of the classifier.
+        `pipeline.rewards.accuracy`), None where there is nothing to say; `length_rule`, `longer` or
+        `shorter`; and `n_fitted`, `cross_validated` of the classifier.
     """
     rewards = rewards.sort("pair_id")
     chosen, rejected = pl.col("ref_chosen"), pl.col("ref_rejected")
     n_chosen, n_rejected = pl.col("n_chosen"), pl.col("n_rejected")
+    longer = pl.col("chosen").str.len_chars() > pl.col("rejected").str.len_chars()
+    shorter = not fitted.is_empty() and fitted.select(longer).to_series().mean() < 0.5  # type: ignore[operator]
+    sign = -1.0 if shorter else 1.0
     words, n_fitted, crossed = _words(rewards, pairs, fitted)
     scores = {
-        "longer_reply": rewards.select((n_chosen - n_rejected).cast(pl.Float64)).to_series(),
+        "length": rewards.select(sign * (n_chosen - n_rejected)).to_series(),
         "words": words,
         "reference_sum": rewards.select(chosen - rejected).to_series(),
         "reference_per_token": rewards.select(
@@ -52,6 +57,7 @@ def baselines(rewards: pl.DataFrame, pairs: pl.DataFrame, fitted: pl.DataFrame) 
     }
     return {
         "rows": [{"key": key, **_accuracy(rewards, score)} for key, score in scores.items()],
+        "length_rule": "shorter" if shorter else "longer",
         "n_fitted": n_fitted,
         "cross_validated": crossed,
     }

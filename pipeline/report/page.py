@@ -16,7 +16,7 @@ _TABLE_ROWS = 50
 _OPEN_EXAMPLES = 3
 _PROVENANCE_ROWS = 60
 BASELINES = {
-    "longer_reply": "the longer reply",
+    "length": "length alone",
     "words": "a classifier of words",
     "reference_sum": "the reference, untrained",
     "reference_per_token": "the same, per token",
@@ -198,10 +198,11 @@ def _headline(numbers: dict[str, Any]) -> list[str]:
         sentences.append("That is worse than a coin toss.")
     else:
         sentences.append("The interval includes 50 %, so a coin toss cannot be ruled out.")
-    baseline = shown["length_only_accuracy"]
+    rule = numbers["baselines"]["length_rule"]
     others = {row["key"]: row["accuracy"] for row in numbers["baselines"]["rows"]}
     words, untrained = others["words"], percent(others["reference_sum"])
-    sentences.append(f"Always guessing the longer reply would reach {percent(baseline)}.")
+    length = others["length"]
+    sentences.append(f"Always guessing the {rule} reply would reach {percent(length)}.")
     sentences.append(
         ("" if words is None else f"A classifier of the replies' words reaches {percent(words)}; ")
         + f"the untrained reference finds the chosen reply more likely in {untrained}."
@@ -209,7 +210,7 @@ def _headline(numbers: dict[str, Any]) -> list[str]:
     sentences[-1] = sentence_case(sentences[-1])
     alike = [
         name
-        for name, reached in (("the longer reply", baseline), ("the classifier", words))
+        for name, reached in ((f"the {rule} reply", length), ("the classifier", words))
         if reached is not None and reached > 0.5 and low <= reached <= high
     ]
     if alike:
@@ -242,6 +243,7 @@ def _agreement_view(numbers: dict[str, Any]) -> dict[str, Any] | None:
         "rows": rows,
         "n_fitted": numbers["baselines"]["n_fitted"],
         "crossed": numbers["baselines"]["cross_validated"],
+        "rule": numbers["baselines"]["length_rule"],
     }
 
 

@@ -99,11 +99,12 @@ def test_accuracies_match_duckdb(tmp_path: Path) -> None:
     ).fetchall()  # type: ignore[union-attr]
     numbers = report_numbers(replace(inp, rewards=rewards))["baselines"]
     found = {row["key"]: row for row in numbers["rows"]}
-    keys = ["longer_reply", "reference_sum", "reference_per_token"]
+    keys = ["length", "reference_sum", "reference_per_token"]
     assert [found[key]["accuracy"] for key in keys] == pytest.approx(expected, abs=1e-12)
     assert found["reference_sum"]["accuracy"] != found["reference_per_token"]["accuracy"]
     split = report_numbers(replace(inp, rewards=rewards))["splits"]["test"]
-    assert found["longer_reply"]["accuracy"] == split["length_only_accuracy"]
+    assert numbers["length_rule"] == "longer"
+    assert found["length"]["accuracy"] == split["length_only_accuracy"]
     for row in found.values():
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
 
@@ -152,3 +153,22 @@ def test_the_classifier_learns_from_the_training_pairs_alone() -> None:
     )
     found = baselines(inp.rewards.filter(split="test"), pairs, pairs.filter(train))
     assert found["rows"][1]["accuracy"] == 0.0
+
+
+def test_the_rule_about_length_is_the_training_pairs() -> None:
+    inp = made()
+    long = pl.lit("a long reply to a question")
+    texts = {"longer": {"chosen": long, "rejected": pl.lit("yes")}}
+    texts["shorter"] = {"chosen": texts["longer"]["rejected"], "rejected": long}
+    judged = inp.rewards.filter(split="test")
+    found = {
+        rule: baselines(judged, inp.pairs, inp.training_pairs.with_columns(**sides))
+        for rule, sides in texts.items()
+    }
+    assert {rule: numbers["length_rule"] for rule, numbers in found.items()} == {
+        "longer": "longer",
+        "shorter": "shorter",
+    }
+    longer, shorter = (found[rule]["rows"][0]["accuracy"] for rule in ("longer", "shorter"))
+    assert longer + shorter == pytest.approx(1.0)
+    assert longer != shorter
