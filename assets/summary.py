@@ -84,15 +84,17 @@ def _agreement(check: dg.AssetCheckEvaluation) -> str:
 
 
 def _accuracy(name: str, report: dict[str, Any]) -> list[str]:
-    """The held-out accuracy with its interval; nothing where no pair was held out."""
-    if not report.get("splits/test/n"):
-        return []
-    mean, low, high = (report[f"splits/test/accuracy{part}"] for part in ("", "_low", "_high"))
-    n = report["splits/test/n"]
-    return [
-        f"  accuracy   {name}: {mean:.3f} on {n} held-out pairs, "
-        f"95 % interval {low:.3f} to {high:.3f}"
-    ]
+    """The accuracy on held-out or else on evaluation pairs, with its interval; or nothing."""
+    for split, what in (("test", "held-out"), ("evaluation", "evaluation")):
+        if n := report.get(f"splits/{split}/n"):
+            mean, low, high = (
+                report[f"splits/{split}/accuracy{part}"] for part in ("", "_low", "_high")
+            )
+            return [
+                f"  accuracy   {name}: {mean:.3f} on {n} {what} pairs, "
+                f"95 % interval {low:.3f} to {high:.3f}"
+            ]
+    return []
 
 
 def _cause(failure: Any) -> str:  # dagster's own type is not public

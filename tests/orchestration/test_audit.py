@@ -97,6 +97,7 @@ def test_the_command_line_goes_from_a_file_to_a_report(
     assert f"plan       {plan_file}" in said
     assert "audit      theirs: policy against reference" in said
     assert said.count("24 rows scored, 0 reused, model loaded") == 2
+    assert "on 12 evaluation pairs, 95 % interval" in said
     (page,) = (plan_file.parent / "reports" / "theirs").glob("current.html")
     assert f"report     {page}" in said
     assert main([*command, "--set", "report.beta=0.3"]) == 0
