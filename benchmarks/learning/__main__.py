@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, sem, t
 
 from benchmarks.learning.runs import Task, prepare, run, shuffle_labels, write_plan
 
@@ -73,7 +73,11 @@ def main() -> None:
 
 
 def _summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per data set, objective and labelling: the mean of seeds and its 95 % interval."""
+    """A row per data set, objective and labelling: the mean of its runs with 95 % intervals.
+
+    `low` and `high` are over held-out prompts, for these very policies; `runs_low` and `runs_high`
+    are Student's over the runs, which is what counts where each run has labels of its own.
+    """
 
     def kind(result: dict[str, Any]) -> tuple[str, str, str]:
         return result["data"], result["labels"], result["objective"]
@@ -86,6 +90,8 @@ def _summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (data, labels, objective), runs in groups.items():
         correct = np.mean([r["correct"] for r in runs], axis=0)
         low, high = _interval(correct, runs[0]["prompts"])
+        means = [float(np.mean(r["correct"])) for r in runs]
+        over_runs = t.interval(0.95, len(runs) - 1, np.mean(means), sem(means))
         baseline = {b["key"]: b["accuracy"] for b in runs[0]["baselines"]["rows"]}
         rows.append(
             {
@@ -94,10 +100,12 @@ def _summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "objective": objective,
                 "n_held_out": len(correct),
                 "n_trained": runs[0]["n_trained"],
-                "seeds": " ".join(f"{np.mean(r['correct']):.3f}" for r in runs),
+                "runs": " ".join(f"{mean:.3f}" for mean in means),
                 "accuracy": float(correct.mean()),
                 "low": low,
                 "high": high,
+                "runs_low": float(over_runs[0]) if len(runs) > 1 else None,
+                "runs_high": float(over_runs[1]) if len(runs) > 1 else None,
                 "own_score": float(np.mean([r["own_correct"] for r in runs])),
                 "length": baseline["length"],
                 "words": baseline["words"],
