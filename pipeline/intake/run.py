@@ -18,7 +18,7 @@ from pipeline.intake.validate import (
     row_law,
 )
 from pipeline.plan import Plan, SourceConfig
-from pipeline.sources import READERS, RawRow, RowError, Unit, frame_rows, parse_object
+from pipeline.sources import READERS, SUFFIXES, RawRow, RowError, Unit, frame_rows, parse_object
 from pipeline.store import Store, TableSnapshot, file_digest, publish
 from schemas import InputRow, PreferencePair, QuarantinedRow, polars_schema
 
@@ -26,7 +26,6 @@ RAW_CAP = 2000
 """Characters of a rejected row that are kept."""
 
 _CHUNK_ROWS = 10_000
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _READ_SCHEMA = {k: v for k, v in polars_schema(InputRow).items() if k in
                 ("source", "file", "row", "byte_offset")}  # fmt: skip
 
@@ -111,9 +110,9 @@ def source_files(name: str, config: SourceConfig) -> list[tuple[str, Path]]:
         return [(config.path.name, config.path)]
     if not config.path.is_dir():
         raise SourceError(f"source '{name}': {config.path}: no such file or folder")
-    found = sorted(p for p in config.path.rglob("*") if p.name.endswith(_SUFFIXES) and p.is_file())
+    found = sorted(p for p in config.path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
     if not found:
-        raise SourceError(f"source '{name}': {config.path}: no file ends in {', '.join(_SUFFIXES)}")
+        raise SourceError(f"source '{name}': {config.path}: no file ends in {', '.join(SUFFIXES)}")
     files = [(str(path.relative_to(config.path)), path) for path in found]
     for file, _ in files:
         if file.encode(errors="replace").decode() != file:

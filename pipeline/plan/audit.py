@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import PlanError
-from pipeline.sources import shape_of
+from pipeline.sources import SUFFIXES, shape_of
 
 _TAKEN = ("reference", "policy")
 
@@ -39,7 +39,7 @@ def write_audit_plan(
         numerics: `dtype`, `engine` and the like of both models.
 
     Raises:
-        PlanError: the pairs are not there, or a `.json` is no pointer to a policy.
+        PlanError: there are no pairs, or a `.json` is no pointer to a policy.
         SourceError: no shape fits.
     """
     if not pairs.exists():
@@ -91,8 +91,12 @@ def _trained(pointer: Path) -> Path:
 
 
 def _a_file(pairs: Path) -> Path:
-    files = sorted(path for path in pairs.rglob("*.*") if path.is_file()) if pairs.is_dir() else []
-    return files[0] if files else pairs
+    if not pairs.is_dir():
+        return pairs
+    files = sorted(path for path in pairs.rglob("*") if path.name.endswith(SUFFIXES))
+    if not files:
+        raise PlanError(f"{pairs}: no file in it ends with {', '.join(SUFFIXES)}")
+    return files[0]
 
 
 def _slug(text: str) -> str:

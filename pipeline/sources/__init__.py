@@ -2,8 +2,17 @@
 
 from pipeline.sources.base import RowError, Unit
 from pipeline.sources.detect import shape_of
-from pipeline.sources.framing import RawRow, frame_rows
+from pipeline.sources.framing import SUFFIXES, RawRow, frame_rows
 from pipeline.sources.readers import READERS
 from pipeline.sources.strict_json import parse_object
 
-__all__ = ["READERS", "RawRow", "RowError", "Unit", "frame_rows", "parse_object", "shape_of"]
+__all__ = [
+    "READERS",
+    "SUFFIXES",
+    "RawRow",
+    "RowError",
+    "Unit",
+    "frame_rows",
+    "parse_object",
+    "shape_of",
+]

@@ -12,6 +12,9 @@ from typing import BinaryIO, cast
 
 from pipeline.errors import SourceError
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+"""What files of a folder are read."""
+
 _BOM = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
 
