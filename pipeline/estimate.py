@@ -78,9 +78,12 @@ def estimate(plan: Plan) -> Estimate:
     sizes = {name: model_size(name) for name in {p.model.checkpoint for p in passes}}
     seconds: float | None = None
     if found_device_class() == "cpu" and None not in sizes.values():
+        # Measured once for each number of processes, since it takes half a second.
+        speeds = {n: _multiply_adds_per_second(threads_of(n)) for n in {p.at_once for p in passes}}
         # A pair's two sequences share their prompt.
         seconds = sum(
-            _seconds(plan, p, sizes[p.model.checkpoint], prompt + 2 * reply) for p in passes
+            _seconds(plan, p, sizes[p.model.checkpoint], prompt + 2 * reply, speeds[p.at_once])
+            for p in passes
         )
     tokens = 2 * (prompt + reply)
     return Estimate(
@@ -91,10 +94,12 @@ def estimate(plan: Plan) -> Estimate:
     )
 
 
-def _seconds(plan: Plan, one: _Pass, size: ModelSize | None, tokens: float) -> float:
-    """What a pass adds to the run; `tokens` is a pair's."""
+def _seconds(
+    plan: Plan, one: _Pass, size: ModelSize | None, tokens: float, multiply_adds: float
+) -> float:
+    """What a pass adds to the run; `tokens` is a pair's, `multiply_adds` are per second."""
     assert size is not None
-    speed = _multiply_adds_per_second(threads_of(one.at_once)) * _EFFICIENCY
+    speed = multiply_adds * _EFFICIENCY
     last = plan.training.lora.last_layers
     adapted = 1.0 if last is None else min(1.0, last / size.layers)
     pairs = one.scored + one.trained * (1 + _BACKWARD_OVER_SCORED * adapted)

@@ -4,9 +4,8 @@
 
 On the embedded sample every objective of `plans/demo.yaml` is trained with every seed; DPO also
 with half of the training labels turned round, and with the other half (`runs.Task`), which must
-leave nothing to learn. With `--hh`, a
-file of HH transcripts, DPO is trained on 300 of its pairs too. Nothing is tuned here: the plan's
-values were chosen on a part of the sample's training pairs.
+leave nothing to learn. With `--hh`, a file of HH transcripts, DPO is trained on 300 of its pairs
+too. Nothing is tuned here: the plan's values were chosen on a part of the sample's training pairs.
 """
 
 import argparse

@@ -24,8 +24,8 @@ class Task:
 
     `labels` is `true`; `shuffled`, half of them turned round by a coin of that seed; or `mirrored`,
     the other half. A policy learns some direction from any labels, and follows it on every
-    held-out pair, so one shuffle can end far from 0.5; a shuffle and its mirror image together
-    cannot, unless something but the labels tells chosen from rejected.
+    held-out pair, so one shuffle can end far from 0.5; with its mirror image it tends back there,
+    unless something but the labels tells chosen from rejected.
     """
 
     data: str
