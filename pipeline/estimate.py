@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from time import perf_counter
 
-from pipeline.intake.run import source_files
 from pipeline.models import ModelSize, model_size
 from pipeline.plan import ModelConfig, Plan, SourceConfig
 from pipeline.processes import threads_of
 from pipeline.scoring.engines import engine_of
 from pipeline.scoring.engines.torch_engine import found_device_class
-from pipeline.sources import READERS, RowError, Unit, frame_rows, parse_object
+from pipeline.sources import READERS, RawRow, RowError, Unit, frame_rows, parse_row
+from pipeline.sources.files import source_files
 
 _SAMPLE_ROWS = 200
 _CHARACTERS_PER_TOKEN = 4.0
@@ -142,20 +142,20 @@ def _measure(plan: Plan) -> tuple[int, float, float]:
     prompts: list[int] = []
     replies: list[int] = []
     for name, config in {**plan.sources, **plan.evaluation}.items():
-        for _, path in source_files(name, config):
-            for raw in frame_rows(path):
+        for file in source_files(name, config.path):
+            for raw in frame_rows(file):
                 n_rows += 1
                 if len(prompts) < _SAMPLE_ROWS:
-                    for unit in _units(config, raw.data):
+                    for unit in _units(config, raw):
                         prompts.append(sum(len(message["content"]) for message in unit.prompt))
                         replies += [len(unit.chosen), len(unit.rejected)]
     prompt, reply = (fmean(n) / _CHARACTERS_PER_TOKEN if n else 0.0 for n in (prompts, replies))
     return n_rows, prompt + _TEMPLATE_TOKENS, reply
 
 
-def _units(config: SourceConfig, row: bytes) -> list[Unit]:
+def _units(config: SourceConfig, row: RawRow) -> list[Unit]:
     try:
-        return READERS[config.shape](parse_object(row))
+        return READERS[config.shape](parse_row(row))
     except RowError:
         return []
 

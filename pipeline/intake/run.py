@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import polars as pl
 
@@ -18,8 +17,9 @@ from pipeline.intake.validate import (
     row_law,
 )
 from pipeline.plan import Plan, SourceConfig
-from pipeline.sources import READERS, SUFFIXES, RawRow, RowError, Unit, frame_rows, parse_object
-from pipeline.store import Store, TableSnapshot, file_digest, publish
+from pipeline.sources import READERS, RawRow, RowError, Unit, frame_rows, parse_row
+from pipeline.sources.files import source_digest, source_files
+from pipeline.store import Store, TableSnapshot, publish
 from schemas import InputRow, PreferencePair, QuarantinedRow, polars_schema
 
 RAW_CAP = 2000
@@ -97,34 +97,19 @@ def sources_digest(plan: Plan) -> str:
         "sources",
         {
             name: [
-                [config.shape, file, file_digest(path)] for file, path in source_files(name, config)
+                [config.shape, file.name, source_digest(file)]
+                for file in source_files(name, config.path)
             ]
             for name, config in everything.items()
         },
     )
 
 
-def source_files(name: str, config: SourceConfig) -> list[tuple[str, Path]]:
-    """A source's files, each with the name the tables give it."""
-    if config.path.is_file():
-        return [(config.path.name, config.path)]
-    if not config.path.is_dir():
-        raise SourceError(f"source '{name}': {config.path}: no such file or folder")
-    found = sorted(p for p in config.path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-    if not found:
-        raise SourceError(f"source '{name}': {config.path}: no file ends in {', '.join(SUFFIXES)}")
-    files = [(str(path.relative_to(config.path)), path) for path in found]
-    for file, _ in files:
-        if file.encode(errors="replace").decode() != file:
-            raise SourceError(f"source '{name}': {config.path}: {file!a}: its name is not UTF-8")
-    return files
-
-
 def _chunks(name: str, config: SourceConfig) -> Iterator[list[tuple[str, RawRow]]]:
     chunk: list[tuple[str, RawRow]] = []
-    for file, path in source_files(name, config):
-        for row in frame_rows(path):
-            chunk.append((file, row))
+    for file in source_files(name, config.path):
+        for row in frame_rows(file):
+            chunk.append((file.name, row))
             if len(chunk) == _CHUNK_ROWS:
                 yield chunk
                 chunk = []
@@ -142,7 +127,7 @@ def _read_chunk(
         read.append(place)
         text = raw.data[: 4 * RAW_CAP].decode("utf-8", errors="replace")[:RAW_CAP]
         try:
-            found = reader(parse_object(raw.data))
+            found = reader(parse_row(raw))
         except RowError as error:
             row = {**place, "unit": 0, "rule": error.rule, "detail": error.detail, "raw": text}
             broken.append(row)

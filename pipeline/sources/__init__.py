@@ -2,9 +2,9 @@
 
 from pipeline.sources.base import RowError, Unit
 from pipeline.sources.detect import shape_of
-from pipeline.sources.framing import SUFFIXES, RawRow, frame_rows
+from pipeline.sources.files import SUFFIXES, RawRow, frame_rows
 from pipeline.sources.readers import READERS
-from pipeline.sources.strict_json import parse_object
+from pipeline.sources.strict_json import parse_object, parse_row
 
 __all__ = [
     "READERS",
@@ -14,5 +14,6 @@ __all__ = [
     "Unit",
     "frame_rows",
     "parse_object",
+    "parse_row",
     "shape_of",
 ]

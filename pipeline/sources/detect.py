@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.errors import SourceError
 from pipeline.sources.base import RowError
-from pipeline.sources.framing import frame_rows
+from pipeline.sources.files import frame_rows
 from pipeline.sources.readers import READERS
 from pipeline.sources.strict_json import parse_object
 
