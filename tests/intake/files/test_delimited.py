@@ -14,7 +14,9 @@ from pipeline.sources import RawRow, RowError, frame_rows, parse_row
 from pipeline.sources.files.delimited import cut_records
 
 
-def framed(tmp_path: Path, data: bytes, name: str = "rows.csv", limit: int = 1 << 26) -> list[RawRow]:
+def framed(
+    tmp_path: Path, data: bytes, name: str = "rows.csv", limit: int = 1 << 26
+) -> list[RawRow]:
     path = tmp_path / name
     path.write_bytes(data)
     return list(frame_rows(path, limit))
@@ -67,7 +69,8 @@ def test_records_and_their_places(tmp_path: Path) -> None:
         ("chosen", '[{"role":"user","content":"a"}]', [{"role": "user", "content": "a"}]),
         ("conversations", '[{"from":"human","value":"a"}]', [{"from": "human", "value": "a"}]),
         ("chosen", "[]", "[]"), ("chosen", "[1]", "[1]"), ("chosen", "[sic]", "[sic]"),
-        ("chosen", "[{'role': 'user'}]", "[{'role': 'user'}]"), ("x", "[" * 9999 + "]", "[" * 9999 + "]"),
+        ("chosen", "[{'role': 'user'}]", "[{'role': 'user'}]"),
+        ("x", "[" * 9999 + "]", "[" * 9999 + "]"),
         ("chosen", '[{"role":"user"},{"x":1}]', '[{"role":"user"},{"x":1}]'),
     ],
 )  # fmt: skip
@@ -138,7 +141,9 @@ def test_no_record_is_no_row(tmp_path: Path) -> None:
         assert framed(tmp_path, data) == []
 
 
-CELLS = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(['"', "\n", "\r\n", ","])
+CELLS = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(
+    ['"', "\n", "\r\n", ","]
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -147,4 +152,6 @@ def test_what_the_csv_module_writes_is_read(cells: list[tuple[str, str]]) -> Non
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("chosen", "rejected"), *cells])
     rows = list(cut_records(io.BytesIO(text.getvalue().encode()), 0, 1 << 20, ","))
-    assert [json.loads(row.data) for row in rows] == [{"chosen": a, "rejected": b} for a, b in cells]
+    assert [json.loads(row.data) for row in rows] == [
+        {"chosen": a, "rejected": b} for a, b in cells
+    ]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from backports import zstd
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
@@ -20,7 +20,11 @@ from pipeline.sources import RawRow, RowError, frame_rows, parse_row
 
 LIMIT = 2000
 ROWS = [
-    {"prompt": None, "chosen": [{"role": "user", "content": f'é "{i}"\n' * (i % 5)}], "score": i / 3}
+    {
+        "prompt": None,
+        "chosen": [{"role": "user", "content": f'é "{i}"\n' * (i % 5)}],
+        "score": i / 3,
+    }
     for i in range(40)
 ]
 TABLE = pa.Table.from_pylist([{**row, "kind": "abc"[i % 3]} for i, row in enumerate(ROWS)])
@@ -48,7 +52,8 @@ SEEDS: dict[str, list[bytes]] = {
     "rows.json": [json.dumps(ROWS[:9]).encode(), json.dumps(ROWS[:3], indent=2).encode()],
     "rows.csv": [FLAT.write_csv().encode(), b'a,b\r\n"x\ny",1\r\n'],
     "rows.parquet": [_parquet(), _parquet(compression="none", use_dictionary=False),
-                     _parquet(data_page_version="2.0", compression="zstd", write_page_checksum=True)],
+                     _parquet(data_page_version="2.0", compression="zstd"),
+                     _parquet(write_page_checksum=True)],
     "rows.arrow": [_arrow(pa.ipc.new_file, None), _arrow(pa.ipc.new_stream, None),
                    _arrow(pa.ipc.new_stream, "zstd"), _arrow(pa.ipc.new_file, "lz4")],
     "rows.jsonl.gz": [gzip.compress(LINES), gzip.compress(LINES) * 2],
@@ -81,7 +86,8 @@ def framed(folder: Path, name: str, data: bytes) -> list[RawRow] | None:
     try:
         rows = list(frame_rows(path, LIMIT))
     except SourceError as error:
-        assert str(path) in str(error)
+        if str(path) not in str(error):
+            raise
         return None
     for row in rows:
         assert len(row.data) <= max(LIMIT, 8192)
@@ -112,8 +118,6 @@ def check(folder: Path, name: str, data: bytes) -> None:
         lines = [line for line in text.split(b"\n") if line.strip()]
         assert len(lines) == len(rows)
         assert held == [line.rstrip(b"\r") for line in lines if len(line) <= LIMIT]
-    else:
-        assert all(row.row == i for i, row in enumerate(rows))
 
 
 SOME = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -144,9 +148,10 @@ def test_memory_is_bounded_whatever_the_length(tmp_path: Path, name: str) -> Non
     """30 MB of rows, and 30 MB in one row, in less than 8 MB."""
     row = b'"' + b"x" * 997 + b'"'
     for rows in ([row] * 30_000, [b'"' + b"x" * 30_000_000 + b'"']):
-        head, between, tail = {"rows.json": (b"[", b",", b"]"), "rows.csv": (b"chosen\n", b"\n", b"")}.get(
-            name, (b"", b"\n", b"")
-        )
+        head, between, tail = {
+            "rows.json": (b"[", b",", b"]"),
+            "rows.csv": (b"chosen\n", b"\n", b""),
+        }.get(name, (b"", b"\n", b""))
         (tmp_path / name).write_bytes(head + between.join(rows) + tail)
         tracemalloc.start()
         assert sum(1 for _ in frame_rows(tmp_path / name, 1 << 20)) == len(rows)
