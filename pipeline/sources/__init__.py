@@ -1,6 +1,6 @@
 """Readers: one per published shape of preference data."""
 
-from pipeline.sources.base import RowError, Unit
+from pipeline.sources.base import Candidate, Label, Pairing, ReadOptions, RowError, Unit
 from pipeline.sources.detect import shape_of
 from pipeline.sources.framing import SUFFIXES, RawRow, frame_rows
 from pipeline.sources.readers import READERS
@@ -9,7 +9,11 @@ from pipeline.sources.strict_json import parse_object
 __all__ = [
     "READERS",
     "SUFFIXES",
+    "Candidate",
+    "Label",
+    "Pairing",
     "RawRow",
+    "ReadOptions",
     "RowError",
     "Unit",
     "frame_rows",

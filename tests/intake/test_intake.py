@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -10,8 +11,9 @@ import pytest
 from desk import GOOD, Desk, Row, lines, row
 
 from pipeline import intake
-from pipeline.intake import run
-from pipeline.intake.validate import prompts_in_two_splits, row_law, split_of
+from pipeline.intake import reading, run
+from pipeline.intake.law import count_fates, row_law
+from pipeline.intake.splits import prompts_in_two_splits, split_of
 from pipeline.sources import RowError
 from pipeline.store import read
 
@@ -110,7 +112,7 @@ def test_the_row_law_breaks_when_a_row_is_lost(desk: Desk) -> None:
     n_read = {"one": 7, "two": 2}
 
     def holds(rows: pl.DataFrame, n_read: dict[str, int], pairs: pl.DataFrame) -> list[bool]:
-        return row_law(rows, n_read, pairs)["holds"].to_list()
+        return row_law(count_fates(rows), n_read, pairs["votes"].sum())["holds"].to_list()
 
     assert holds(rows, n_read, pairs) == [True, True]
     for lost in range(rows.height):
@@ -128,13 +130,12 @@ def test_a_reader_that_loses_rows_breaks_the_law(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.write("s.jsonl", lines(*GOOD))
-    whole = run._read_chunk
+    whole = run.read_chunk
 
-    def lossy(*arguments: Any) -> Any:
-        rows, units, broken = whole(*arguments)
-        return rows[:-1], units[:-1], broken
+    def lossy(chunk: reading.Chunk) -> reading.ReadChunk:
+        return whole(replace(chunk, rows=chunk.rows[:-1]))
 
-    monkeypatch.setattr(run, "_read_chunk", lossy)
+    monkeypatch.setattr(run, "read_chunk", lossy)
     assert desk.run("s").law.rows() == [("s", 5, 4, 0, 0, False)]
 
 
