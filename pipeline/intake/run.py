@@ -18,7 +18,16 @@ from pipeline.intake.validate import (
     row_law,
 )
 from pipeline.plan import Plan, SourceConfig
-from pipeline.sources import READERS, SUFFIXES, RawRow, RowError, Unit, frame_rows, parse_object
+from pipeline.sources import (
+    READERS,
+    SUFFIXES,
+    RawRow,
+    ReadOptions,
+    RowError,
+    Unit,
+    frame_rows,
+    parse_object,
+)
 from pipeline.store import Store, TableSnapshot, file_digest, publish
 from schemas import InputRow, PreferencePair, QuarantinedRow, polars_schema
 
@@ -142,15 +151,18 @@ def _read_chunk(
         read.append(place)
         text = raw.data[: 4 * RAW_CAP].decode("utf-8", errors="replace")[:RAW_CAP]
         try:
-            found = reader(parse_object(raw.data))
+            found = reader(parse_object(raw.data), ReadOptions())
         except RowError as error:
-            row = {**place, "unit": 0, "rule": error.rule, "detail": error.detail, "raw": text}
-            broken.append(row)
-        else:
-            units += [
-                {**place, "unit": i, "raw": text, "evaluation": evaluation, **_columns(unit)}
-                for i, unit in enumerate(found)
-            ]
+            found = [error]
+        for i, unit in enumerate(found):
+            at = {**place, "unit": i, "raw": text}
+            match unit:
+                case RowError(rule=rule, detail=detail):
+                    broken.append({**at, "rule": rule, "detail": detail})
+                case Unit():
+                    units.append({**at, "evaluation": evaluation, **_columns(unit)})
+                case _:
+                    raise SourceError(f"source '{source}': labels and candidates are no pairs yet")
     return (
         pl.DataFrame(read, schema=_READ_SCHEMA),
         pl.DataFrame(units, schema=CANDIDATE_SCHEMA),

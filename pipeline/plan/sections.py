@@ -38,7 +38,10 @@ class SourceConfig(_Section):
     """Where preference data is and what shape it has."""
 
     path: Path
-    shape: Literal["conversational", "hh"]
+    shape: Literal[
+        "alpaca", "argilla", "conversational", "helpsteer", "hh", "nemo", "openai", "ranked",
+        "scored", "sharegpt", "standard", "ultrafeedback", "unpaired",
+    ]  # fmt: skip
 
 
 class TokenizationConfig(_Section):
