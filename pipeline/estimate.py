@@ -15,7 +15,7 @@ from pipeline.plan import ModelConfig, Plan, SourceConfig
 from pipeline.processes import threads_of
 from pipeline.scoring.engines import engine_of
 from pipeline.scoring.engines.torch_engine import found_device_class
-from pipeline.sources import READERS, RowError, Unit, frame_rows, parse_object
+from pipeline.sources import READERS, ReadOptions, RowError, Unit, frame_rows, parse_object
 
 _SAMPLE_ROWS = 200
 _CHARACTERS_PER_TOKEN = 4.0
@@ -155,9 +155,10 @@ def _measure(plan: Plan) -> tuple[int, float, float]:
 
 def _units(config: SourceConfig, row: bytes) -> list[Unit]:
     try:
-        return READERS[config.shape](parse_object(row))
+        read = READERS[config.shape](parse_object(row), ReadOptions())
     except RowError:
         return []
+    return [unit for unit in read if isinstance(unit, Unit)]
 
 
 def _multiply_adds_per_second(n_threads: int) -> float:
