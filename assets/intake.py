@@ -159,7 +159,9 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                         "exceeded": ", ".join(exceeded) or "none",
                         **{
                             row["rule"]: f"{row['share']:.4f} of the rows, at most {row['at_most']}"
-                            for row in result.rules.filter(pl.col("at_most").is_not_null()).to_dicts()
+                            for row in result.rules.filter(
+                                pl.col("at_most").is_not_null()
+                            ).to_dicts()
                         },
                     },
                 )

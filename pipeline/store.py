@@ -176,9 +176,7 @@ def _write_pieces(
     schema = pl.DataFrame(schema=columns).to_arrow().schema
     schema = schema.with_metadata({**(schema.metadata or {}), _TABLE_KEY: table.encode()})
     waiting, n_waiting, n_rows = [], 0, 0
-    with pq.ParquetWriter(
-        sink, schema, compression="zstd", write_page_checksum=True
-    ) as writer:
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         for piece in pieces:
             waiting.append(piece)
             n_waiting += piece.height

@@ -8,8 +8,8 @@ import polars as pl
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 
-from pipeline.rules import Action
 from pipeline.intake.units import LABEL, PAIR
+from pipeline.rules import Action
 from schemas import LabelCandidate, PairCandidate, UnitCandidate, polars_schema, require_validation
 
 NEAR_IDENTICAL = 0.95

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import polars as pl
 
-from pipeline.rules import RULES
 from pipeline.intake.units import LABEL, PAIR
+from pipeline.rules import RULES
 from schemas import InputRow, QuarantinedRow, polars_schema
 from schemas.intake import DISPOSITIONS
 
@@ -89,7 +89,9 @@ def quarantined(read: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
 
 def count_fates(rows: pl.DataFrame) -> Counter[tuple[str, str]]:
     """Rows by (source, disposition), and their units under (source, `n_units`)."""
-    counted = Counter({(s, d): n for s, d, n in rows.group_by("source", "disposition").len().rows()})
+    counted = Counter(
+        {(s, d): n for s, d, n in rows.group_by("source", "disposition").len().rows()}
+    )
     units = rows.group_by("source").agg(pl.col("n_units").sum())
     counted.update({(source, "n_units"): n for source, n in units.iter_rows()})
     return counted

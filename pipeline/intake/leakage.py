@@ -29,7 +29,8 @@ class PromptTask:
 @dataclass(frozen=True)
 class Seen:
     """Ids of training prompts near a held-out or evaluation prompt, and hashes of the runs of
-    words in evaluation prompts, uint64, sorted."""
+    words in evaluation prompts, uint64, sorted.
+    """
 
     near: frozenset[str]
     grams: np.ndarray

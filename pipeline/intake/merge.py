@@ -13,12 +13,11 @@ from scipy.sparse.csgraph import connected_components
 
 from pipeline.intake.contract import REJECTED_SCHEMA, apply_contract
 from pipeline.intake.near import shares_grams, spoken
-from pipeline.rules import RULES, Action
 from pipeline.intake.splits import splits_of
 from pipeline.intake.units import CANDIDATE, PAIR, unit_frame
 from pipeline.plan import SplitConfig
-from pipeline.sources import Candidate, ReadOptions, RowError
-from pipeline.sources.pairing import pair
+from pipeline.rules import RULES, Action
+from pipeline.sources import Candidate, ReadOptions, RowError, pair
 
 FATE_SCHEMA = pl.Schema(
     {
@@ -73,16 +72,21 @@ def judge(units: pl.DataFrame, setting: Setting) -> tuple[pl.DataFrame, pl.DataF
         "tied": lambda _: pl.col("chosen_score") == pl.col("rejected_score"),
         "contradicted": lambda left: pl.col("reverse_id").is_in(left["unit_id"].implode()),
         "preference_cycle": lambda left: pl.Series(_in_cycle(left), dtype=pl.Boolean),
-        "near_eval": lambda _: (pl.col("split") == "train")
-        & pl.col("prompt_id").is_in(list(setting.near)),
-        "contaminated": lambda left: pl.Series(_contaminated(left, setting.grams), dtype=pl.Boolean),
+        "near_eval": lambda _: (
+            (pl.col("split") == "train") & pl.col("prompt_id").is_in(list(setting.near))
+        ),
+        "contaminated": lambda left: pl.Series(
+            _contaminated(left, setting.grams), dtype=pl.Boolean
+        ),
     }
     broken = [rejected]
     for rule, find in rules.items():
         action = setting.acts[rule]
         if action == "off":
             continue
-        units = units.with_columns(hit=find(units)).with_columns(pl.col("hit").fill_null(value=False))
+        units = units.with_columns(hit=find(units)).with_columns(
+            pl.col("hit").fill_null(value=False)
+        )
         trained = pl.col("split") == "train"
         out = {
             "quarantine": pl.col("hit"),
@@ -94,9 +98,7 @@ def judge(units: pl.DataFrame, setting: Setting) -> tuple[pl.DataFrame, pl.DataF
             )
         )
         named = pl.col("flags").list.concat(pl.lit([rule], pl.List(pl.String)))
-        units = units.filter(~out).with_columns(
-            flags=pl.when("hit").then(named).otherwise("flags")
-        )
+        units = units.filter(~out).with_columns(flags=pl.when("hit").then(named).otherwise("flags"))
         if action == "leave_out":
             left_out = pl.col("hit") & trained
             units = units.with_columns(

@@ -9,10 +9,19 @@ import polars as pl
 
 from pipeline.intake.contract import REJECTED_SCHEMA, apply_contract
 from pipeline.intake.law import PLACE_SCHEMA
-from pipeline.rules import Action
 from pipeline.intake.spool import bucket_of, write_parts
 from pipeline.intake.units import UNIT_SCHEMA, unit_frame
-from pipeline.sources import READERS, Candidate, Label, RawRow, ReadOptions, RowError, Unit, parse_object
+from pipeline.rules import Action
+from pipeline.sources import (
+    READERS,
+    Candidate,
+    Label,
+    RawRow,
+    ReadOptions,
+    RowError,
+    Unit,
+    parse_row,
+)
 
 RAW_CAP = 2000
 """Characters of a rejected row that are kept."""
@@ -70,11 +79,8 @@ def read_chunk(chunk: Chunk) -> ReadChunk:
         text = raw.data[: 4 * RAW_CAP].decode("utf-8", errors="replace")[:RAW_CAP]
         places.append((ordinal, chunk.source, file, raw.row, raw.byte_offset, text))
         n_marks += raw.byte_order_mark
-        if raw.fault is not None:
-            broken.append((ordinal, 0, *raw.fault))
-            continue
         try:
-            found = reader(parse_object(raw.data), chunk.options)
+            found = reader(parse_row(raw), chunk.options)
         except RowError as error:
             broken.append((ordinal, 0, error.rule, error.detail))
             continue

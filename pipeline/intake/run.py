@@ -14,22 +14,35 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.errors import SourceError, StoreError
-from pipeline.intake.contract import REJECTED_SCHEMA
 from pipeline.intake.judging import Bucket, JudgedBucket, judge_bucket, read_merged
-from pipeline.intake.law import PLACE_SCHEMA, count_fates, quarantined, row_fates, row_law, row_states
-from pipeline.intake.merge import Setting
+from pipeline.intake.law import (
+    PLACE_SCHEMA,
+    count_fates,
+    quarantined,
+    row_fates,
+    row_law,
+    row_states,
+)
 from pipeline.intake.leakage import PromptTask, search
+from pipeline.intake.merge import Setting
 from pipeline.intake.parallel import FEW, in_order
 from pipeline.intake.reading import Chunk, ReadChunk, read_chunk
-from pipeline.rules import RULES
 from pipeline.intake.sources import raw_rows, shape_of_source
 from pipeline.intake.splits import prompts_in_two_splits
 from pipeline.intake.spool import BUCKETS, read_parts
 from pipeline.intake.units import LABEL, PAIR
 from pipeline.plan import Plan
+from pipeline.rules import RULES
 from pipeline.sources import RawRow
 from pipeline.store import Store, TableSnapshot, publish, publish_pieces
-from schemas import InputRow, PreferenceLabel, PreferencePair, QuarantinedRow, RuleCount, polars_schema
+from schemas import (
+    InputRow,
+    PreferenceLabel,
+    PreferencePair,
+    QuarantinedRow,
+    RuleCount,
+    polars_schema,
+)
 
 _CHUNK_ROWS = 10_000
 _CHUNK_BYTES = 32 << 20
@@ -197,9 +210,7 @@ def _buckets(read: list[ReadChunk], setting: Setting, spool: Path) -> Iterator[B
         yield Bucket(number, units, setting, _result(spool, number))
 
 
-def _together(
-    read: list[ReadChunk], spool: Path
-) -> Iterator[tuple[int, list[tuple[Path, int]]]]:
+def _together(read: list[ReadChunk], spool: Path) -> Iterator[tuple[int, list[tuple[Path, int]]]]:
     """What is judged together: a number, and the files and record batches of one bucket each.
 
     Of a few chunks all buckets go together, which is faster; the result is the same.
@@ -279,7 +290,9 @@ class _Examples:
         if not self._seen:
             return pl.DataFrame(schema=polars_schema(QuarantinedRow))
         together = pl.concat(self._seen)
-        return together.group_by("rule", maintain_order=True).head(_EXAMPLES).select(together.columns)
+        return (
+            together.group_by("rule", maintain_order=True).head(_EXAMPLES).select(together.columns)
+        )
 
 
 def _rule_counts(plan: Plan, counted: Mapping[str, int], n_rows: int) -> pl.DataFrame:

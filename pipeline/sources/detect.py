@@ -5,15 +5,15 @@ from pathlib import Path
 
 from pipeline.errors import SourceError
 from pipeline.sources.base import ReadOptions, RowError
-from pipeline.sources.framing import frame_rows
+from pipeline.sources.files import SourceFile, frame_rows
 from pipeline.sources.readers import READERS, Reader
-from pipeline.sources.strict_json import parse_object
+from pipeline.sources.strict_json import parse_row
 
 _TRIED = 50
 _NO_WINNER = ("tied", "gap_too_small")
 
 
-def shape_of(path: Path, options: ReadOptions | None = None) -> str:
+def shape_of(file: SourceFile | Path, options: ReadOptions | None = None) -> str:
     """The shape whose reader understands the file's first 50 rows best.
 
     A reader understands a row it makes something of, be it that its candidates are tied. Of the
@@ -22,7 +22,7 @@ def shape_of(path: Path, options: ReadOptions | None = None) -> str:
     where they have an instruction.
 
     Args:
-        path: the file.
+        file: the file.
         options: as for the readers; their `columns` count.
 
     Raises:
@@ -31,9 +31,9 @@ def shape_of(path: Path, options: ReadOptions | None = None) -> str:
     """
     understood = dict.fromkeys(READERS, 0)
     said: dict[str, str] = {}
-    for raw in islice(frame_rows(path), _TRIED):
+    for raw in islice(frame_rows(file), _TRIED):
         try:
-            row = parse_object(raw.data)
+            row = parse_row(raw)
         except RowError as error:
             said.setdefault("JSON", str(error))
             continue
@@ -45,7 +45,8 @@ def shape_of(path: Path, options: ReadOptions | None = None) -> str:
     most = max(understood.values())
     if not most:
         complaints = "; ".join(f"as {shape}: {error}" for shape, error in said.items())
-        raise SourceError(f"{path}: no shape fits its first rows ({complaints or 'it is empty'})")
+        shown = file.shown if isinstance(file, SourceFile) else file
+        raise SourceError(f"{shown}: no shape fits its first rows ({complaints or 'it is empty'})")
     return next(shape for shape, count in understood.items() if 2 * count >= most)
 
 

@@ -4,7 +4,6 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import polars as pl
 import pytest
