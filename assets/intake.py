@@ -37,7 +37,7 @@ def raw_preferences(plan: Plan) -> dg.AssetsDefinition:
                 key,
                 kinds={"json"},
                 description="Preference data as it was published: the files the plan names.",
-                metadata={name: config.path for name, config in plan.sources.items()},
+                metadata={name: str(config.path) for name, config in plan.sources.items()},
             )
         ],
         group_name=GROUP,
@@ -87,7 +87,9 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
         check_specs=[
             dg.AssetCheckSpec("every_row_is_accounted_for", asset=pairs, blocking=True),
             dg.AssetCheckSpec("no_prompt_is_in_two_splits", asset=pairs, blocking=True),
-            dg.AssetCheckSpec("no_training_prompt_is_near_an_evaluated_one", pairs, blocking=True),
+            dg.AssetCheckSpec(
+                "no_training_prompt_is_near_an_evaluated_one", asset=pairs, blocking=True
+            ),
             dg.AssetCheckSpec("rules_stay_within_their_limits", asset=quarantine, blocking=True),
         ],
         required_resource_keys={resource_key(plan.name)},
@@ -140,6 +142,8 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(result.labels.digest),
             metadata=table_metadata(result.labels, "labels"),
         )
+        limited = result.rules.filter(pl.col("at_most").is_not_null())
+        limited = limited.select("rule", "share", "at_most")
         exceeded = result.rules.filter(~pl.col("holds"))["rule"].to_list()
         yield dg.MaterializeResult(
             asset_key=quarantine,
@@ -158,10 +162,8 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                     metadata={
                         "exceeded": ", ".join(exceeded) or "none",
                         **{
-                            row["rule"]: f"{row['share']:.4f} of the rows, at most {row['at_most']}"
-                            for row in result.rules.filter(
-                                pl.col("at_most").is_not_null()
-                            ).to_dicts()
+                            rule: f"{share:.4f} of the rows, at most {at_most}"
+                            for rule, share, at_most in limited.iter_rows()
                         },
                     },
                 )

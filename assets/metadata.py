@@ -46,7 +46,7 @@ def counts_markdown(counts: Mapping[str, int], empty: str) -> dg.MarkdownMetadat
 
 
 def examples_markdown(rows: pl.DataFrame, empty: str) -> dg.MarkdownMetadataValue:
-    """Quarantined rows (`schemas.QuarantinedRow`) as a Markdown table; nothing in them is markup."""
+    """Quarantined rows (`schemas.QuarantinedRow`) as a Markdown table, their text as text."""
     lines = [
         f"| {row['rule']} | {escaped(row['source'])} {escaped(row['file'])} {row['row']} "
         f"| {escaped(row['detail'])} | {escaped(row['raw'])} |"

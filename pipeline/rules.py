@@ -66,6 +66,7 @@ _RULES = [
     Rule("missing_field", 2, "read", "quarantine", "a field of the shape is not there"),
     Rule("wrong_type", 2, "read", "quarantine", "a field of another type than the shape's"),
     Rule("unsupported_content", 2, "read", "quarantine", "tool calls, images, audio, other parts"),
+    Rule("lengths_differ", 2, "read", "quarantine", "parallel lists of different lengths"),
     Rule("strength_not_finite", 2, "read", "quarantine", "a strength or score beyond float64"),
     Rule("empty_reply", 3, "contract", "quarantine", "a reply of white space alone"),
     Rule("empty_prompt", 3, "contract", "quarantine", "no message before the replies"),
@@ -81,6 +82,8 @@ _RULES = [
          "a candidate that the source's `pairing` uses in no pair"),
     Rule("score_contradicts_label", 7, "contract", "quarantine",
          "the source scores rejected above chosen", _QUARANTINE),
+    Rule("score_out_of_scale", 7, "read", "quarantine",
+         "UltraFeedback's 10 for a completion whose aspects are rated 2 or less"),
     Rule("label_noise", 8, "report", "inform", "suspect labels: held-out pairs by their margin"),
     Rule("value_conflict", 9, "report", "inform", "accuracy by source"),
     Rule("duplicate", 10, "prompt", "merge", "a pair or label that was read before"),
@@ -96,7 +99,7 @@ _RULES = [
          "a training pair that shares 10 words in a row with an evaluation prompt",
          ("leave_out", "quarantine", "off")),
     Rule("length_bias", 14, "report", "inform", "how often the longer reply is chosen"),
-    Rule("unknown_role", 15, "contract", "quarantine", "a role that is not system, user, assistant"),
+    Rule("unknown_role", 15, "contract", "quarantine", "a role not of system, user, assistant"),
     Rule("role_repeated", 15, "contract", "flag", "one role twice in a row", _FLAG),
     Rule("no_reply", 16, "read", "quarantine", "the last turn is not the assistant's"),
     Rule("prompts_differ", 17, "read", "quarantine", "the two sides differ before the reply"),
@@ -166,4 +169,4 @@ rules:
 Counts and shares of every rule are in the table `rule_counts`, shares over the rows read (over the
 pairs, for what tokenisation finds); the check `rules_stay_within_their_limits` compares them with
 `at_most`, and Dagster draws them over time. Rejected rows are in `quarantine` with file, row, byte
-offset, the rule and its version; a pair that tokenisation cannot carry is in `untokenized_pairs`."""
+offset, the rule and its version; pairs that tokenisation cannot carry in `untokenized_pairs`."""

@@ -68,7 +68,9 @@ def _broken(units: pl.DataFrame, contract: type[UnitCandidate]) -> dict[str, pl.
             if error.check_output is None:
                 raise
             found[str(error.check.error)] = ~error.check_output["check_output"]
-    return found
+    # What is wrong with the prompt comes first.
+    of_prompts = {str(check.error) for check in UnitCandidate.to_schema().checks}
+    return dict(sorted(found.items(), key=lambda entry: entry[0] not in of_prompts))
 
 
 def _unusual(units: pl.DataFrame) -> dict[str, pl.Series]:

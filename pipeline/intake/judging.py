@@ -57,4 +57,4 @@ def read_merged(bucket: JudgedBucket, path: Path, kind: int) -> pl.DataFrame:
         return pl.DataFrame(schema=polars_schema(model))
     names = {PAIR: {"unit_id": "pair_id"}, LABEL: {"unit_id": "label_id", "chosen": "completion"}}
     found = read_parts([(path, bucket.batches[kind])], None).rename(names[kind])
-    return found.select(list(polars_schema(model))).cast(polars_schema(model))  # type: ignore[arg-type]
+    return found.select(list(polars_schema(model))).cast(polars_schema(model))

@@ -28,8 +28,11 @@ class PromptTask:
 
 @dataclass(frozen=True)
 class Seen:
-    """Ids of training prompts near a held-out or evaluation prompt, and hashes of the runs of
-    words in evaluation prompts, uint64, sorted.
+    """What training prompts may have seen.
+
+    Attributes:
+        near: ids of training prompts that are near a held-out or evaluation prompt.
+        grams: hashes of the runs of words in evaluation prompts, uint64, sorted.
     """
 
     near: frozenset[str]

@@ -143,7 +143,7 @@ def fates(units: pl.DataFrame) -> pl.DataFrame:
     rivals = own.filter(pl.col("rival").is_not_null()).with_columns(
         ordinal="rival", counted=pl.lit(value=False)
     )
-    return pl.concat([own, rivals]).select(list(FATE_SCHEMA)).cast(FATE_SCHEMA)  # type: ignore[arg-type]
+    return pl.concat([own, rivals]).select(list(FATE_SCHEMA)).cast(FATE_SCHEMA)
 
 
 def _rivals(units: pl.DataFrame, setting: Setting) -> tuple[pl.DataFrame, pl.DataFrame]:

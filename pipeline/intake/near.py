@@ -59,7 +59,7 @@ def band_keys(texts: Iterable[str]) -> np.ndarray:
         sketch.update(list(shingles(text)))
         signatures.append(sketch.digest())
     table = np.array(signatures, np.uint64).reshape(-1, BANDS, _PERMUTATIONS // BANDS)
-    return (table * _ODD).sum(axis=2, dtype=np.uint64)
+    return np.asarray((table * _ODD).sum(axis=2, dtype=np.uint64))
 
 
 class NearIndex:
@@ -100,7 +100,8 @@ def word_grams(text: str) -> np.ndarray:
     words = np.array([_word_hash(word) for word in _WORD.findall(text.lower())], np.uint64)
     if len(words) < GRAM:
         return np.empty(0, np.uint64)
-    return (np.lib.stride_tricks.sliding_window_view(words, GRAM) * _POWERS).sum(1, np.uint64)
+    runs = np.lib.stride_tricks.sliding_window_view(words, GRAM)
+    return np.asarray((runs * _POWERS).sum(axis=1, dtype=np.uint64))
 
 
 def shares_grams(text: str, grams: np.ndarray) -> bool:

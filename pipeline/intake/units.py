@@ -85,7 +85,7 @@ def _content(unit: Unit | Label | Candidate) -> dict[str, Any]:
                 "unit_id": content_id("label", prompt, unit.completion, said),
                 "reverse_id": content_id("label", prompt, unit.completion, not said),
             }
-        case Candidate():
+        case _:
             identifier = content_id("candidate", prompt, unit.completion, unit.score)
             return {
                 **common,

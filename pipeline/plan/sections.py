@@ -39,7 +39,7 @@ class _Section(BaseModel):
 class SourceConfig(_Section):
     """Where preference data is, what shape it has, and how it is to be read."""
 
-    path: str = Field(min_length=1, description="File, folder, glob or URL (s3://, hf://, ...).")
+    path: Path | str = Field(description="File, folder, glob or URL (s3://, hf://, ...).")
     shape: str | None = Field(default=None, description="null: found from the first rows.")
     pairing: Pairing = Field(
         default="best_worst", description="Which pairs are made of a ranked list."
@@ -51,11 +51,6 @@ class SourceConfig(_Section):
     columns: dict[str, str] = Field(
         default={}, description="The shape's name of a field to the source's, where they differ."
     )
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _path_as_text(cls, path: object) -> object:
-        return str(path) if isinstance(path, Path) else path
 
     @field_validator("shape")
     @classmethod

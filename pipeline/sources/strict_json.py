@@ -59,7 +59,7 @@ def parse_object(data: bytes) -> dict[str, object]:
 
 
 def _decode(text: str) -> object:
-    """Parse, the quick way first: `decode` spends half a microsecond on the white space round it."""
+    """Parse, the quick way first: `decode` spends half a microsecond on the white space around."""
     try:
         value, end = _DECODER.scan_once(text, 0)
     except StopIteration:
