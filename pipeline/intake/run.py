@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.errors import SourceError, StoreError
+from pipeline.intake.contract import REJECTED_SCHEMA
 from pipeline.intake.judging import Bucket, JudgedBucket, judge_bucket, read_merged
 from pipeline.intake.law import (
     PLACE_SCHEMA,
@@ -24,7 +25,7 @@ from pipeline.intake.law import (
     row_states,
 )
 from pipeline.intake.leakage import PromptTask, search
-from pipeline.intake.merge import Setting
+from pipeline.intake.merge import FATE_SCHEMA, Setting
 from pipeline.intake.parallel import FEW, in_order
 from pipeline.intake.reading import Chunk, ReadChunk, read_chunk
 from pipeline.intake.sources import raw_rows, shape_of_source
@@ -103,9 +104,14 @@ def _run(plan: Plan, store: Store, spool: Path) -> IntakeResult:
     read, n_read = _read(plan, spool)
     setting = _setting(plan, read, spool)
     judged = list(in_order(judge_bucket, _buckets(read, setting, spool)))
-    states = row_states(pl.concat([bucket.fates for bucket in judged]))
+    nothing = pl.DataFrame(schema=FATE_SCHEMA)
+    states = row_states(pl.concat([nothing, *(bucket.fates for bucket in judged)]))
     rejected = pl.concat(
-        [*(chunk.rejected for chunk in read), *(bucket.rejected for bucket in judged)]
+        [
+            pl.DataFrame(schema=REJECTED_SCHEMA),
+            *(chunk.rejected for chunk in read),
+            *(bucket.rejected for bucket in judged),
+        ]
     ).sort("ordinal", "unit")
 
     counts = _Counts(Counter(), Counter())
