@@ -7,6 +7,7 @@ to, so that many rows with one long text take no memory before each is put toget
 from collections.abc import Iterator
 from json.encoder import encode_basestring as quoted
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
@@ -93,7 +94,7 @@ def _lists(array: pa.Array, limit: int) -> list[str]:
 def _leaves(array: pa.Array, limit: int) -> list[str]:
     kind = array.type
     if _is_text(kind):
-        _check(pc.sum(pc.binary_length(array)).as_py() or 0, limit)
+        _check(_text_bytes(array), limit)
         try:
             values = array.to_pylist()
         except UnicodeDecodeError:
@@ -119,6 +120,15 @@ def _leaves(array: pa.Array, limit: int) -> list[str]:
         return ["null" if v is None else quoted(v.replace(" ", "T", 1)) for v in values]
     unsupported = "{" + quoted("unsupported") + ":" + quoted(str(kind)) + "}"
     return _with_nulls(array, [unsupported] * len(array))
+
+
+def _text_bytes(array: pa.Array) -> int:
+    if not types.is_string_view(array.type):
+        return pc.sum(pc.binary_length(array)).as_py() or 0
+    if not len(array):
+        return 0
+    views = np.frombuffer(array.buffers()[1], np.int32).reshape(-1, 4)  # each begins with a length
+    return int(views[array.offset : array.offset + len(array), 0].sum(dtype=np.int64))
 
 
 def _is_text(kind: pa.DataType) -> bool:

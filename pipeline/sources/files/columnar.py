@@ -2,13 +2,13 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
-from pipeline.sources.files.arrow_claims import MANY_VALUES, MOST_PER_BYTE, check_claims
+from pipeline.sources.files.arrow_claims import MANY_VALUES, MOST_PER_BYTE, check_claims, messages_of_file
 from pipeline.sources.files.arrow_json import TooMuchError, json_rows
 from pipeline.sources.files.rows import RawRow, too_long
 from pipeline.sources.files.streams import MOST_EXPANSION, MUCH
@@ -43,27 +43,25 @@ def parquet_rows(place: str | io.BufferedReader, limit: int) -> Iterator[RawRow]
 def arrow_rows(path: str, limit: int) -> Iterator[RawRow]:
     """The rows of an Arrow file or stream (`datasets` writes streams).
 
-    A file is a stream with a frame round it, and is read as that: in order, and without trust in
-    the places that its footer names.
-
     Raises:
         SourceError: a batch claims more values or bytes than are believed of its size.
     """
     with pa.memory_map(path) as source:
         framed = source.read(len(_ARROW_FILE)) == _ARROW_FILE
-        start = 8 if framed else 0
+        source.seek(0)
         if framed:
-            source.seek(source.size() - len(_ARROW_FILE))
-            if source.read() != _ARROW_FILE:
-                raise SourceError("the file is cut off")
-        source.seek(start)
-        check_claims(source)
-        source.seek(start)
-        with pa.ipc.open_stream(source) as reader:
-            yield from _rows(_checked(reader), limit)
+            with pa.ipc.open_file(source) as file:
+                check_claims(messages_of_file(source))
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+                yield from _rows(_checked(batches), limit)
+        else:
+            check_claims(pa.ipc.MessageReader.open_stream(source))
+            source.seek(0)
+            with pa.ipc.open_stream(source) as reader:
+                yield from _rows(_checked(reader), limit)
 
 
-def _rows(batches: Iterator[pa.RecordBatch], limit: int) -> Iterator[RawRow]:
+def _rows(batches: Iterable[pa.RecordBatch], limit: int) -> Iterator[RawRow]:
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH_ROWS):
@@ -75,7 +73,7 @@ def _rows(batches: Iterator[pa.RecordBatch], limit: int) -> Iterator[RawRow]:
                 number += 1
 
 
-def _checked(batches: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+def _checked(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         batch.validate(full=True)  # or an offset that lies would be followed out of the file
         yield batch
