@@ -38,8 +38,8 @@ def shape_of(path: Path, options: ReadOptions | None = None) -> str:
             said.setdefault("JSON", str(error))
             continue
         for shape, read in READERS.items():
-            if error := _refusal(read, row, options or ReadOptions()):
-                said.setdefault(shape, str(error))
+            if refusal := _refusal(read, row, options or ReadOptions()):
+                said.setdefault(shape, str(refusal))
             else:
                 understood[shape] += 1
     most = max(understood.values())

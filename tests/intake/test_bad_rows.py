@@ -11,7 +11,13 @@ from support import PROJECT
 from schemas import PairCandidate
 from schemas.intake import DISPOSITIONS
 
-FILES = {"pairs": "bad_rows.jsonl", "hh": "bad_rows_hh.jsonl"}
+FILES = {
+    "pairs": "bad_rows.jsonl",
+    "hh": "bad_rows_hh.jsonl",
+    "ultrafeedback": "bad_rows_ultrafeedback.jsonl",
+    "scored": "bad_rows_scored.jsonl",
+    "helpsteer": "bad_rows_helpsteer.jsonl",
+}
 """Source to its file in `sample/`."""
 
 QUARANTINED = {
@@ -41,6 +47,10 @@ QUARANTINED = {
         (30, "invalid_json"),
     ],
     "hh": [(1, "not_a_transcript"), (2, "wrong_type"), (3, "empty_reply")],
+    # Of row 2, one completion; its other two are a pair.
+    "ultrafeedback": [(1, "tied"), (2, "score_contradicts_label"), (3, "no_rival")],
+    "scored": [(1, "lengths_differ")],
+    "helpsteer": [(1, "score_out_of_scale")],
 }
 KEPT = {
     "pairs": [
@@ -54,11 +64,15 @@ KEPT = {
         (29, "accepted"),
     ],
     "hh": [(0, "accepted"), (4, "accepted")],
+    "ultrafeedback": [(0, "accepted"), (2, "accepted")],
+    "scored": [(0, "accepted")],
+    "helpsteer": [(0, "accepted")],
 }
 FLAGGED = [(26, ["contradicted"]), (27, ["contradicted"]), (28, ["role_repeated"])]
 
-# These reject pairs the intake has accepted, when they are tokenised.
 LEFT_OUT = {
+    "gap_too_small": "needs a plan with a `min_gap`",
+    # The others reject pairs the intake has accepted, when they are tokenised.
     "control_tokens": "the strings are the tokeniser's, and only a plan can say to reject them",
     "empty_prompt_ids": "needs a chat template that makes nothing of a prompt",
     "identical_tokens": "needs a tokeniser that gives two different replies the same ids",
@@ -93,7 +107,13 @@ def test_every_row_meets_its_fate(desk: Desk) -> None:
         "select rows.row, pairs.row, votes from rows join pairs on duplicate_of = pairs.pair_id"
     ) == [(25, 0, 2)]
 
-    assert result.law.rows() == [("pairs", 30, 6, 1, 23, True), ("hh", 5, 2, 0, 3, True)]
+    assert result.law.rows() == [
+        ("pairs", 30, 6, 1, 23, True),
+        ("hh", 5, 2, 0, 3, True),
+        ("ultrafeedback", 4, 2, 0, 2, True),
+        ("scored", 2, 1, 0, 1, True),
+        ("helpsteer", 2, 1, 0, 1, True),
+    ]
     assert dict(result.law.select("source", "n_in").rows()) == n_in
 
 
