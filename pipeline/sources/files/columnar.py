@@ -8,7 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
-from pipeline.sources.files.arrow_claims import MANY_VALUES, MOST_PER_BYTE, check_claims, messages_of_file
+from pipeline.sources.files.arrow_claims import (
+    MANY_VALUES,
+    MOST_PER_BYTE,
+    check_claims,
+    messages_of_file,
+)
 from pipeline.sources.files.arrow_json import TooMuchError, json_rows
 from pipeline.sources.files.rows import RawRow, too_long
 from pipeline.sources.files.streams import MOST_EXPANSION, MUCH

@@ -53,7 +53,9 @@ def framed(tmp_path: Path, data: bytes, limit: int = 1 << 26) -> list[RawRow]:
 def test_rows_are_what_arrow_says_they_are(tmp_path: Path, way: str) -> None:
     rows = [
         {
-            "prompt": None if i % 7 == 0 else [{"role": "user", "content": f'{i} "é\n😀'}] * (i % 3),
+            "prompt": None
+            if i % 7 == 0
+            else [{"role": "user", "content": f'{i} "é\n😀'}] * (i % 3),
             "chosen": f"answer {i}" if i % 5 else None,
             "score": i / 7,
             "n": i - 1000,

@@ -14,7 +14,9 @@ from pipeline.sources import RawRow, RowError, frame_rows, parse_row
 from pipeline.sources.files.delimited import cut_records
 
 
-def framed(tmp_path: Path, data: bytes, name: str = "rows.csv", limit: int = 1 << 26) -> list[RawRow]:
+def framed(
+    tmp_path: Path, data: bytes, name: str = "rows.csv", limit: int = 1 << 26
+) -> list[RawRow]:
     path = tmp_path / name
     path.write_bytes(data)
     return list(frame_rows(path, limit))
@@ -138,7 +140,9 @@ def test_no_record_is_no_row(tmp_path: Path) -> None:
         assert framed(tmp_path, data) == []
 
 
-CELLS = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(['"', "\n", "\r\n", ","])
+CELLS = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(
+    ['"', "\n", "\r\n", ","]
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -147,4 +151,6 @@ def test_what_the_csv_module_writes_is_read(cells: list[tuple[str, str]]) -> Non
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("chosen", "rejected"), *cells])
     rows = list(cut_records(io.BytesIO(text.getvalue().encode()), 0, 1 << 20, ","))
-    assert [json.loads(row.data) for row in rows] == [{"chosen": a, "rejected": b} for a, b in cells]
+    assert [json.loads(row.data) for row in rows] == [
+        {"chosen": a, "rejected": b} for a, b in cells
+    ]

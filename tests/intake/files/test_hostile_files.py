@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from backports import zstd
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
@@ -20,7 +20,11 @@ from pipeline.sources import RawRow, RowError, frame_rows, parse_row
 
 LIMIT = 2000
 ROWS = [
-    {"prompt": None, "chosen": [{"role": "user", "content": f'é "{i}"\n' * (i % 5)}], "score": i / 3}
+    {
+        "prompt": None,
+        "chosen": [{"role": "user", "content": f'é "{i}"\n' * (i % 5)}],
+        "score": i / 3,
+    }
     for i in range(40)
 ]
 TABLE = pa.Table.from_pylist([{**row, "kind": "abc"[i % 3]} for i, row in enumerate(ROWS)])
@@ -144,9 +148,10 @@ def test_memory_is_bounded_whatever_the_length(tmp_path: Path, name: str) -> Non
     """30 MB of rows, and 30 MB in one row, in less than 8 MB."""
     row = b'"' + b"x" * 997 + b'"'
     for rows in ([row] * 30_000, [b'"' + b"x" * 30_000_000 + b'"']):
-        head, between, tail = {"rows.json": (b"[", b",", b"]"), "rows.csv": (b"chosen\n", b"\n", b"")}.get(
-            name, (b"", b"\n", b"")
-        )
+        head, between, tail = {
+            "rows.json": (b"[", b",", b"]"),
+            "rows.csv": (b"chosen\n", b"\n", b""),
+        }.get(name, (b"", b"\n", b""))
         (tmp_path / name).write_bytes(head + between.join(rows) + tail)
         tracemalloc.start()
         assert sum(1 for _ in frame_rows(tmp_path / name, 1 << 20)) == len(rows)

@@ -118,20 +118,27 @@ def test_places_in_a_small_file(tmp_path: Path) -> None:
 
 
 def test_a_valid_array_gives_what_a_parser_gives(tmp_path: Path) -> None:
-    values = [{"t": "x" * n, "q": '"[{,\\' * (n % 7), "n": [[n, [[]]], {"d": {}}]} for n in range(900)]
+    values = [
+        {"t": "x" * n, "q": '"[{,\\' * (n % 7), "n": [[n, [[]]], {"d": {}}]} for n in range(900)
+    ]
     for indent in (None, 2):
         data = json.dumps(values, indent=indent).encode()
         assert [json.loads(row.data) for row in framed(tmp_path, data)] == values
 
 
 TOKENS = st.lists(
-    st.sampled_from([b"[", b"]", b"{", b"}", b'"', b"\\", b",", b" ", b"\n", b'"a":', b"1", b"\xff"]),
+    st.sampled_from(
+        [b"[", b"]", b"{", b"}", b'"', b"\\", b",", b" ", b"\n", b'"a":', b"1", b"\xff"]
+    ),
     max_size=30,
 ).map(b"".join)
 
 
 @settings(max_examples=300, deadline=None)
-@given(TOKENS | TOKENS.map(lambda t: b"".join(t[i : i + 1] * 3 for i in range(len(t)))), st.integers(1, 9))
+@given(
+    TOKENS | TOKENS.map(lambda t: b"".join(t[i : i + 1] * 3 for i in range(len(t)))),
+    st.integers(1, 9),
+)
 @example(b'"\\', 1)
 @example(b'{"', 2)
 def test_any_bytes_are_cut_as_by_hand(inner: bytes, block: int) -> None:

@@ -166,7 +166,9 @@ def test_urls_of_files_folders_and_globs(memory: Any) -> None:
     ]
     for folder in ("memory://top", "memory://top/", "memory:///top"):
         assert names(folder) == read(folder) == ["a.jsonl", "b/c.jsonl", "x[1].jsonl"]
-    assert names("memory://top/*.jsonl") == read("memory://top/*.jsonl") == ["a.jsonl", "x[1].jsonl"]
+    assert (
+        names("memory://top/*.jsonl") == read("memory://top/*.jsonl") == ["a.jsonl", "x[1].jsonl"]
+    )
     assert read("memory://top/**/c.jsonl") == ["b/c.jsonl"]
     assert read("memory://top/b/e.txt") == ["b/e.txt"]
     assert read("memory://top/x[1].jsonl") == ["x[1].jsonl"]

@@ -86,7 +86,7 @@ def test_columns_are_renamed_before_reading() -> None:
     ],
 )
 def test_no_column_is_lost(columns: dict[str, str], expected: Row) -> None:
-    row = {"a": 1, "b": 2, "c": 3}
+    row: Row = {"a": 1, "b": 2, "c": 3}
     assert renamed(row, columns) == expected
     assert row == {"a": 1, "b": 2, "c": 3}
 
@@ -98,5 +98,5 @@ def test_every_shape_can_be_named_in_a_plan() -> None:
 
 
 def test_a_displaced_column_displaces_nothing() -> None:
-    row = {"a": 1, "b": 2, "a_column": 3}
+    row: Row = {"a": 1, "b": 2, "a_column": 3}
     assert renamed(row, {"a": "b"}) == {"a": 2, "a_column": 3, "a_column_column": 1}
