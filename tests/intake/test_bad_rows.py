@@ -92,6 +92,7 @@ LEFT_OUT = {
     "byte_order_mark": "every line of the file is shown as it is",
     "no_prompt": _ANOTHER_SHAPE,
     "gap_too_small": "needs a plan with a `min_gap`",
+    "too_many_rivals": "the row would have more than 200 candidates (tests/intake/test_rules.py)",
     "not_paired": "needs rivals in rows of their own (tests/intake/test_rules.py)",
     "near_eval": "needs an evaluation source",
     "contaminated": "needs an evaluation source",

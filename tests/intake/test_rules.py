@@ -22,7 +22,8 @@ from pipeline.intake.near import (
 )
 from pipeline.intake.units import unit_frame
 from pipeline.rules import ACTIONS, RULES, rules_page
-from pipeline.sources import Unit
+from pipeline.sources import Candidate, ReadOptions, Unit, pair
+from pipeline.sources.base import Message
 from pipeline.store import read
 
 ALL_TRAIN = {"test_share": 0.0}
@@ -193,6 +194,14 @@ def test_rivals_in_different_rows_become_pairs(desk: Desk) -> None:
         ("best", "bad"), ("best", "fair"), ("fair", "bad"),
     ]  # fmt: skip
     assert result.law["holds"].all()
+
+
+@pytest.mark.parametrize(("n", "n_pairs"), [(200, 19_900), (201, 0)])
+def test_a_list_of_a_million_pairs_is_refused(n: int, n_pairs: int) -> None:
+    prompt: list[Message] = [{"role": "user", "content": "q"}]
+    found = pair([Candidate(prompt, f"{i}", i) for i in range(n)], ReadOptions("all"))
+    assert sum(isinstance(unit, Unit) for unit in found) == n_pairs
+    assert len(pair([Candidate(prompt, f"{i}", i) for i in range(n)], ReadOptions())) == 1
 
 
 def test_labels_are_a_table_of_their_own(desk: Desk) -> None:
