@@ -78,7 +78,7 @@ _RULES = [
          ("quarantine", "flag", "off")),
     Rule("gap_too_small", 6, "read", "quarantine", "scores less apart than the source's `min_gap`"),
     Rule("no_rival", 6, "read", "quarantine", "a ranked list, or a prompt, with one candidate"),
-    Rule("too_many_rivals", 6, "read", "quarantine", "more than 200 candidates under `pairing: all`"),
+    Rule("too_many_rivals", 6, "read", "quarantine", "over 200 candidates under `pairing: all`"),
     Rule("not_paired", 6, "prompt", "quarantine",
          "a candidate that the source's `pairing` uses in no pair"),
     Rule("score_contradicts_label", 7, "contract", "quarantine",

@@ -32,8 +32,8 @@ def pair(
 
     Returns:
         Pairs, and a `RowError` for what makes none: a blank candidate (`empty_reply`), too few
-        others (`no_rival`), too many for `all` (`too_many_rivals`), two equal scores (`tied`) or two less than `min_gap` apart
-        (`gap_too_small`).
+        others (`no_rival`), too many for `all` (`too_many_rivals`), two equal scores (`tied`) or
+        two less than `min_gap` apart (`gap_too_small`).
     """
     made: list[Unit | RowError] = []
     usable = []

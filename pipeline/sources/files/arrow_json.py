@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
+_TEXTS = (types.is_string, types.is_large_string, types.is_string_view)
+_LISTS = (types.is_list, types.is_large_list, types.is_fixed_size_list)
 _FLOATS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
@@ -132,11 +134,11 @@ def _text_bytes(array: pa.Array) -> int:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return any(is_it(kind) for is_it in _TEXTS)
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return any(is_it(kind) for is_it in _LISTS)
 
 
 def _with_nulls(array: pa.Array, texts: list[str]) -> list[str]:

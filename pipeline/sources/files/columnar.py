@@ -1,37 +1,32 @@
 """Rows of Parquet files, and of Arrow files and streams, a batch at a time."""
 
-import io
-import os
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import SourceError
-from pipeline.sources.files.arrow_claims import (
-    MANY_VALUES,
-    MOST_PER_BYTE,
-    check_claims,
-    messages_of_file,
-)
+from pipeline.sources.files.arrow_claims import check_claims, messages_of_file
 from pipeline.sources.files.arrow_json import TooMuchError, json_rows
+from pipeline.sources.files.parquet_claims import check_footer
 from pipeline.sources.files.rows import RawRow, too_long
-from pipeline.sources.files.streams import MOST_EXPANSION, MUCH
 
 _BATCH_ROWS = 1000
-_BUFFER = 1 << 20
 _ARROW_FILE = b"ARROW1"
 
 
-def parquet_rows(place: str | io.BufferedReader, limit: int) -> Iterator[RawRow]:
+def parquet_rows(place: str | BinaryIO, limit: int) -> Iterator[RawRow]:
     """The rows of a Parquet file; page checksums, where it has them, are verified.
 
     Raises:
         SourceError: it claims more rows, values or bytes than are believed of its size.
     """
-    size = os.path.getsize(place) if isinstance(place, str) else place.seek(0, os.SEEK_END)
+    if isinstance(place, str):
+        with open(place, "rb") as file:
+            check_footer(file)
+    else:
+        check_footer(place)
     metadata = pq.read_metadata(place)
-    _check_footer(metadata, size)
     leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
     with pq.ParquetFile(
         place,
@@ -39,10 +34,11 @@ def parquet_rows(place: str | io.BufferedReader, limit: int) -> Iterator[RawRow]
         # A text that stands in many rows is held once.
         read_dictionary=[leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"],
         page_checksum_verification=True,
+        # Not `buffer_size`: a page would be read into as much memory as it claims to be long.
         pre_buffer=False,
-        buffer_size=_BUFFER,
-    ) as file:
-        yield from _rows(file.iter_batches(batch_size=_BATCH_ROWS), limit)
+        memory_map=True,
+    ) as parquet:
+        yield from _rows(parquet.iter_batches(batch_size=_BATCH_ROWS), limit)
 
 
 def arrow_rows(path: str, limit: int) -> Iterator[RawRow]:
@@ -82,17 +78,3 @@ def _checked(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         batch.validate(full=True)  # or an offset that lies would be followed out of the file
         yield batch
-
-
-def _check_footer(metadata: pq.FileMetaData, size: int) -> None:
-    chunks = [
-        metadata.row_group(i).column(j)
-        for i in range(metadata.num_row_groups)
-        for j in range(metadata.num_columns)
-    ]
-    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
-    if unpacked > max(MUCH, MOST_EXPANSION * size):
-        raise SourceError(f"{unpacked:,} bytes in a file of {size:,} are not believed")
-    for n_values in (metadata.num_rows, *(chunk.num_values for chunk in chunks)):
-        if not 0 <= n_values <= max(MANY_VALUES, MOST_PER_BYTE * size):
-            raise SourceError(f"{n_values:,} values in a file of {size:,} bytes are not believed")

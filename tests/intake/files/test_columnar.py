@@ -75,7 +75,8 @@ TYPES: list[tuple[pa.Array, list[object]]] = [
     (pa.array([0.5, None], pa.float16()), [0.5, None]),
     (pa.array([2**64 - 1], pa.uint64()), [2**64 - 1]),
     (pa.array([decimal.Decimal("1.50"), None]), [1.5, None]),
-    (pa.array([datetime.datetime(2024, 1, 2, 3, 4, 5, 6), None]), ["2024-01-02T03:04:05.000006", None]),
+    (pa.array([datetime.datetime(2024, 1, 2, 3, 4, 5, 6), None]),
+     ["2024-01-02T03:04:05.000006", None]),
     (pa.array([datetime.datetime(2024, 1, 2, tzinfo=UTC)], pa.timestamp("ms", "Europe/Paris")),
      ["2024-01-02T00:00:00.000Z"]),
     (pa.array([datetime.date(2024, 1, 2)]), ["2024-01-02"]),
@@ -184,7 +185,7 @@ def test_a_flipped_bit_is_found_by_the_page_checksum(tmp_path: Path) -> None:
     for place in (clean.index(b"answer 7", 200), len(clean) // 3, len(clean) // 2):
         data = bytearray(clean)
         data[place] ^= 1
-        with pytest.raises(SourceError, match="cannot be read: .*CRC"):
+        with pytest.raises(SourceError, match=r"cannot be read: .*CRC"):
             framed(tmp_path, bytes(data))
     # The control: without checksums nobody can tell.
     unchecked = bytearray(parquet(table, use_dictionary=False, compression="none"))
@@ -199,10 +200,10 @@ def test_a_flipped_bit_is_found_by_the_page_checksum(tmp_path: Path) -> None:
 def test_a_parquet_file_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
     zeros = pa.table({"x": np.zeros(50_000_000)})  # 400 MB
     data = parquet(zeros, use_dictionary=False, compression="zstd", row_group_size=50_000_000)
-    with pytest.raises(SourceError, match="bytes in a file of .* are not believed"):
+    with pytest.raises(SourceError, match=r"bytes in a file of .* are not believed"):
         framed(tmp_path, data)
     rows = parquet(pa.table({"x": pa.nulls(50_000_000, pa.int8())}))
-    with pytest.raises(SourceError, match="50,000,000 values in a file of .* are not believed"):
+    with pytest.raises(SourceError, match=r"50,000,000 values in a file of .* are not believed"):
         framed(tmp_path, rows)
     few = pa.table({"x": pa.nulls(50_000, pa.int8())})
     assert len(framed(tmp_path, parquet(few))) == 50_000

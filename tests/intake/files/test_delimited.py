@@ -69,7 +69,8 @@ def test_records_and_their_places(tmp_path: Path) -> None:
         ("chosen", '[{"role":"user","content":"a"}]', [{"role": "user", "content": "a"}]),
         ("conversations", '[{"from":"human","value":"a"}]', [{"from": "human", "value": "a"}]),
         ("chosen", "[]", "[]"), ("chosen", "[1]", "[1]"), ("chosen", "[sic]", "[sic]"),
-        ("chosen", "[{'role': 'user'}]", "[{'role': 'user'}]"), ("x", "[" * 9999 + "]", "[" * 9999 + "]"),
+        ("chosen", "[{'role': 'user'}]", "[{'role': 'user'}]"),
+        ("x", "[" * 9999 + "]", "[" * 9999 + "]"),
         ("chosen", '[{"role":"user"},{"x":1}]', '[{"role":"user"},{"x":1}]'),
     ],
 )  # fmt: skip

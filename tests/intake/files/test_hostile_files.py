@@ -52,7 +52,8 @@ SEEDS: dict[str, list[bytes]] = {
     "rows.json": [json.dumps(ROWS[:9]).encode(), json.dumps(ROWS[:3], indent=2).encode()],
     "rows.csv": [FLAT.write_csv().encode(), b'a,b\r\n"x\ny",1\r\n'],
     "rows.parquet": [_parquet(), _parquet(compression="none", use_dictionary=False),
-                     _parquet(data_page_version="2.0", compression="zstd", write_page_checksum=True)],
+                     _parquet(data_page_version="2.0", compression="zstd"),
+                     _parquet(write_page_checksum=True)],
     "rows.arrow": [_arrow(pa.ipc.new_file, None), _arrow(pa.ipc.new_stream, None),
                    _arrow(pa.ipc.new_stream, "zstd"), _arrow(pa.ipc.new_file, "lz4")],
     "rows.jsonl.gz": [gzip.compress(LINES), gzip.compress(LINES) * 2],
@@ -85,7 +86,8 @@ def framed(folder: Path, name: str, data: bytes) -> list[RawRow] | None:
     try:
         rows = list(frame_rows(path, LIMIT))
     except SourceError as error:
-        assert str(path) in str(error)
+        if str(path) not in str(error):
+            raise
         return None
     for row in rows:
         assert len(row.data) <= max(LIMIT, 8192)
@@ -116,8 +118,6 @@ def check(folder: Path, name: str, data: bytes) -> None:
         lines = [line for line in text.split(b"\n") if line.strip()]
         assert len(lines) == len(rows)
         assert held == [line.rstrip(b"\r") for line in lines if len(line) <= LIMIT]
-    else:
-        assert all(row.row == i for i, row in enumerate(rows))
 
 
 SOME = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -157,7 +157,7 @@ def test_an_element_that_is_too_long_is_not_held_and_costs_no_other(tmp_path: Pa
     ]  # fmt: skip
     assert rows[1].data == data[9 : 9 + 8192]
     assert rows[1].fault == ("row_too_long", "5,000,008 bytes, more than 1,000")
-    assert data[rows[2].byte_offset :].startswith(b'{"c":3}')  # type: ignore[misc]
+    assert data[rows[2].byte_offset :].startswith(b'{"c":3}')
     rest = framed(tmp_path, b'[{"a":1},{"b":"' + b"x" * 5_000_000, 1000)
     assert [row.fault and row.fault[0] for row in rest] == [None, "row_too_long"]
 

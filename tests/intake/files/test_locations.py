@@ -5,7 +5,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def names(location: str | Path) -> list[str]:
     return [file.name for file in source_files("s", location)]
 
 
-def read(location: str | Path) -> list[object]:
+def read(location: str | Path) -> list[str]:
     """Each file's own name, as written in it."""
     files = source_files("s", location)
     return [json.loads(row.data)["name"] for file in files for row in frame_rows(file)]
@@ -78,7 +78,7 @@ def test_a_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="source 's': .*/none: no such file or folder"):
+    with pytest.raises(SourceError, match=r"source 's': .*/none: no such file or folder"):
         names(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=r"source 's': .*/empty: no file ends in \.jsonl, "):
@@ -173,7 +173,7 @@ def test_urls_of_files_folders_and_globs(memory: Any) -> None:
     assert read("memory://top/b/e.txt") == ["b/e.txt"]
     assert read("memory://top/x[1].jsonl") == ["x[1].jsonl"]
     for gone in ("memory://none", "memory://top/none.jsonl"):
-        with pytest.raises(SourceError, match="source 's': memory://.*: no such file or folder"):
+        with pytest.raises(SourceError, match=r"source 's': memory://.*: no such file or folder"):
             names(gone)
     with pytest.raises(SourceError, match="no file ends in"):
         names("memory://top/*.txt")
@@ -184,13 +184,14 @@ def test_every_format_is_read_from_a_url(memory: Any, packed: bool) -> None:
     import polars as pl
 
     frame = pl.DataFrame({"chosen": ["a", "b"]})
-    for suffix, save in {
+    ways: dict[str, Callable[[io.BytesIO], object]] = {
         "parquet": frame.write_parquet,
         "arrow": frame.write_ipc,
         "csv": frame.write_csv,
         "jsonl": frame.write_ndjson,
         "json": frame.write_json,
-    }.items():
+    }
+    for suffix, save in ways.items():
         out = io.BytesIO()
         save(out)
         data = gzip.compress(out.getvalue()) if packed else out.getvalue()
@@ -214,7 +215,7 @@ def test_a_protocol_that_needs_a_package_names_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_hub_is_known_and_a_hub_that_cannot_be_reached_is_an_error() -> None:
-    with pytest.raises(SourceError, match="source 's': hf://datasets/org/repo/x.jsonl: "):
+    with pytest.raises(SourceError, match=r"source 's': hf://datasets/org/repo/x\.jsonl: "):
         names("hf://datasets/org/repo/x.jsonl")  # the tests run offline
 
 
