@@ -1,7 +1,16 @@
 """What one row of each table is: Pandera (Polars) models and dtypes, nothing else."""
 
 from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema, require_validation
-from schemas.intake import InputRow, PairCandidate, PreferencePair, QuarantinedRow
+from schemas.intake import (
+    InputRow,
+    LabelCandidate,
+    PairCandidate,
+    PreferenceLabel,
+    PreferencePair,
+    QuarantinedRow,
+    RuleCount,
+    UnitCandidate,
+)
 from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
 from schemas.sequences import (
@@ -19,18 +28,22 @@ __all__ = [
     "TOKEN_IDS",
     "InputRow",
     "KlSequence",
+    "LabelCandidate",
     "LogProb",
     "PairCandidate",
     "PairSequence",
+    "PreferenceLabel",
     "PreferencePair",
     "QuarantinedRow",
     "Reward",
+    "RuleCount",
     "Scorer",
     "Sequence",
     "Table",
     "TokenLogProb",
     "Tokenization",
     "TrainingStep",
+    "UnitCandidate",
     "UntokenizedPair",
     "identity_fields",
     "polars_schema",
