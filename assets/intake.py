@@ -108,7 +108,7 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                 **{f"pairs_{split}": n for split, n in result.pairs_by_split.items()},
                 "flags": counts_markdown(result.flags, "no pair is flagged"),
             },
-            check_results=_pair_checks(run_plan, result),
+            check_results=_pair_checks(pairs, run_plan, result),
         )
         yield dg.MaterializeResult(
             asset_key=labels,
@@ -125,16 +125,17 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                 # A number each, and always all of them, so that Dagster draws them over time.
                 **{f"rule/{row['rule']}": row["n"] for row in result.rules.to_dicts()},
             },
-            check_results=[_limits_check(result)],
+            check_results=[_limits_check(quarantine, result)],
         )
 
     return intake
 
 
-def _pair_checks(plan: Plan, result: IntakeResult) -> list[dg.AssetCheckResult]:
+def _pair_checks(key: dg.AssetKey, plan: Plan, result: IntakeResult) -> list[dg.AssetCheckResult]:
     flagged = plan.actions["near_eval"] == "flag"  # who says so wants to train on them all the same
     return [
         dg.AssetCheckResult(
+            asset_key=key,
             check_name="every_row_is_accounted_for",
             passed=result.law["holds"].all(),
             metadata={
@@ -144,11 +145,13 @@ def _pair_checks(plan: Plan, result: IntakeResult) -> list[dg.AssetCheckResult]:
             },
         ),
         dg.AssetCheckResult(
+            asset_key=key,
             check_name="no_prompt_is_in_two_splits",
             passed=result.prompts_in_two_splits == 0,
             metadata={"prompts": result.prompts_in_two_splits},
         ),
         dg.AssetCheckResult(
+            asset_key=key,
             check_name="no_training_prompt_is_near_an_evaluated_one",
             passed=result.trained_near_eval == 0,
             severity=dg.AssetCheckSeverity.WARN if flagged else dg.AssetCheckSeverity.ERROR,
@@ -160,9 +163,10 @@ def _pair_checks(plan: Plan, result: IntakeResult) -> list[dg.AssetCheckResult]:
     ]
 
 
-def _limits_check(result: IntakeResult) -> dg.AssetCheckResult:
+def _limits_check(key: dg.AssetKey, result: IntakeResult) -> dg.AssetCheckResult:
     limited = result.rules.filter(pl.col("at_most").is_not_null())
     return dg.AssetCheckResult(
+        asset_key=key,
         check_name="rules_stay_within_their_limits",
         passed=limited["holds"].all(),
         metadata={
