@@ -12,7 +12,7 @@ from schemas.intake import (
     UnitCandidate,
 )
 from schemas.rewards import Reward
-from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
+from schemas.scoring import LogProb, Scorer, TokenLogProb, UnscoredSequence, identity_fields
 from schemas.sequences import (
     KlSequence,
     PairSequence,
@@ -44,6 +44,7 @@ __all__ = [
     "Tokenization",
     "TrainingStep",
     "UnitCandidate",
+    "UnscoredSequence",
     "UntokenizedPair",
     "identity_fields",
     "polars_schema",
