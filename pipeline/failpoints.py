@@ -1,8 +1,8 @@
 """Faults on purpose, so that tests can crash the store wherever it could crash.
 
 `LOGRATIO_FAIL=store.linked:kill@3` kills this process with SIGKILL when it comes to the point
-`store.linked` for the third time; `enospc` and `eio` fail there as a full or broken disk does. Several
-are separated by commas. Unset, a point costs one look at an empty dictionary.
+`store.linked` for the third time; `enospc` and `eio` fail there as a full or broken disk does.
+Several are separated by commas. Unset, a point costs one look at an empty dictionary.
 """
 
 import errno

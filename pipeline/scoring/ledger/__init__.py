@@ -19,6 +19,7 @@ from pipeline.scoring.ledger.commits import (
     read_logprobs,
     read_token_logprobs,
     read_unscored,
+    scorer_directories,
     scorers,
 )
 from pipeline.scoring.ledger.compaction import Compacted, compact
@@ -39,6 +40,7 @@ __all__ = [
     "read_token_logprobs",
     "read_unscored",
     "record_trust",
+    "scorer_directories",
     "scorers",
     "verify_ledger",
 ]
