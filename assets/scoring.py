@@ -52,6 +52,7 @@ def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
                 "dagster/row_count": table.n_rows,
                 "rows_scored": result.n_scored,
                 "rows_reused": result.n_reused,
+                "rows_unscored": result.n_unscored,
                 "model_loaded": result.model_loaded,
                 "tokens_scored": result.n_tokens,
                 "tokens_per_second": result.tokens_per_second,
@@ -68,7 +69,11 @@ def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
                 dg.AssetCheckResult(
                     check_name="every_sequence_is_scored",
                     passed=table.n_rows == result.n_wanted,
-                    metadata={"wanted": result.n_wanted, "held": table.n_rows},
+                    metadata={
+                        "wanted": result.n_wanted,
+                        "held": table.n_rows,
+                        **({"unscored": table.unscored} if table.unscored else {}),
+                    },
                 ),
                 dg.AssetCheckResult(
                     check_name="logprobs_are_finite",

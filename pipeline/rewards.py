@@ -67,6 +67,15 @@ def margin(chosen: pl.Expr, rejected: pl.Expr) -> pl.Expr:
     return chosen - rejected
 
 
+def margin_noise(noise_floor: float | None, beta: float | None) -> float | None:
+    """What a margin may be off by at worst, beta x nats; None if it was not measured.
+
+    A margin is beta x the signed sum of four log-probs (two models, two replies), each off by the
+    floor at worst.
+    """
+    return None if noise_floor is None or beta is None else beta * 4 * noise_floor
+
+
 def correct(margin: pl.Expr) -> pl.Expr:
     """1.0 for a positive margin, 0.0 for a negative one, 0.5 for a tie; null for NaN or null.
 
@@ -105,6 +114,7 @@ def reward_table(
     gradient_weight: Weight,
     policy_id: str,
     pairs_digest: str,
+    noise_floor: float | None = None,
 ) -> pl.DataFrame:
     """Every tokenised pair under one policy, as `schemas.Reward`, sorted by `pair_id`.
 
@@ -120,6 +130,7 @@ def reward_table(
         gradient_weight: of the two scores (lecture 6.2).
         policy_id: of the trained policy.
         pairs_digest: the snapshot `pairs` was read from.
+        noise_floor: what a log-prob of either model may be off by, nats; None if not measured.
 
     Raises:
         ValueError: beta is not a positive finite number.
@@ -161,11 +172,12 @@ def reward_table(
         reference_model_id=pl.lit(_only(reference, "model_id"), pl.String),
         numerics_id=pl.lit(_only(reference, "numerics_id"), pl.String),
         pairs_digest=pl.lit(pairs_digest),
+        noise_floor=pl.lit(margin_noise(noise_floor, beta), pl.Float64),
     )
     schema = polars_schema(Reward)
     table = table.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
     # Finite log-probs can still overflow in an objective's score.
-    floats = [name for name, dtype in schema.items() if dtype == pl.Float64]
+    floats = [n for n, dtype in schema.items() if dtype == pl.Float64 and n != "noise_floor"]
     _require_finite(table, floats, "pair_id", "the rewards")
     return table.sort("pair_id")  # joins keep no order
 

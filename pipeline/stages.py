@@ -19,7 +19,13 @@ from pipeline.names import key_of, policy_id_of, reported_pairs, scored_by, want
 from pipeline.plan import ModelConfig, ObjectiveConfig, Plan
 from pipeline.report import RenderedReport, ReportInput, render
 from pipeline.rewards import reward_table
-from pipeline.scoring.ledger import ScorerKey, last_trust, read_logprobs, scorers
+from pipeline.scoring.ledger import (
+    ScorerKey,
+    last_trust,
+    read_logprobs,
+    read_unscored,
+    scorers,
+)
 from pipeline.scoring.run import ScoringResult, score_sequences, scorer_key
 from pipeline.store import (
     Snapshot,
@@ -46,6 +52,9 @@ from schemas import (
     polars_schema,
 )
 
+_SHOWN = 20
+"""Sequences that are named where many could be."""
+
 
 @dataclass(frozen=True)
 class TokenizeResult:
@@ -64,12 +73,21 @@ class TokenizeResult:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """What the ledger holds of the plan's sequences under one scorer; the mean is in nats."""
+    """What the ledger holds of the plan's sequences under one scorer.
+
+    Attributes:
+        n_rows: sequences.
+        n_nonfinite: of them, those whose log-prob is not finite.
+        mean: of the others, nats.
+        digest: content id of ids and log-probs.
+        unscored: the first of those that were tried in vain, each with what the engine said.
+    """
 
     n_rows: int
     n_nonfinite: int
     mean: float
     digest: str
+    unscored: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -140,6 +158,7 @@ def score(plan: Plan, store: Store, name: str) -> ScoringResult:
 def scored_rows(plan: Plan, store: Store, name: str, key: ScorerKey) -> ScoredRows:
     """Read the ledger back and say what it holds of the sequences that were wanted."""
     wanted = wanted_sequences(plan, store, name).select("sequence_id")
+    tried = read_unscored(key).join(wanted, on="sequence_id", how="semi").head(_SHOWN)
     held = read_logprobs(key).join(wanted, on="sequence_id", how="semi").sort("sequence_id")
     finite = held.filter(pl.col("logprob").is_finite())
     return ScoredRows(
@@ -147,6 +166,10 @@ def scored_rows(plan: Plan, store: Store, name: str, key: ScorerKey) -> ScoredRo
         n_nonfinite=held.height - finite.height,
         mean=float(finite["logprob"].sum()) / max(finite.height, 1),
         digest=content_id("scored", held["sequence_id"].to_list(), held["logprob"].to_list()),
+        unscored={
+            row["sequence_id"]: f"{row['rule']}: {row['detail']}"
+            for row in tried.iter_rows(named=True)
+        },
     )
 
 
@@ -189,6 +212,7 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         ),
         policy_id=identifier,
         pairs_digest=current_snapshot(store, "pairs").digest,
+        noise_floor=_noise_floor(reference, policy),
     )
     return publish(store, f"rewards/{name}", table, Reward)
 

@@ -42,5 +42,11 @@ class Reward(Table):
     objective_score_chosen: float
     objective_score_rejected: float
     margin: float = pa.Field(description="reward_chosen - reward_rejected.")
+    noise_floor: float = pa.Field(
+        ge=0,
+        nullable=True,
+        description="What `margin` may be off by when the same tokens are scored in other batches, "
+        "at worst; null if it was not measured.",
+    )
     correct: float = pa.Field(isin=[0.0, 0.5, 1.0], description="1, or 0.5 for a tie.")
     gradient_weight: float = pa.Field(ge=0)

@@ -5,8 +5,9 @@
 The torch engine scores pairs against TRL's reference precompute, and vLLM with shared prompts
 against vLLM without, on one engine. All get the same token ids, in float32. A part of the pairs
 first tells TRL's best settings, with a reference model of its own and with its default. Then every
-scorer goes over all pairs, in turns, each in a process that waits while the others work. Ratios are
-of runs in one turn. Distances are to transformers in float64, per sequence.
+scorer goes over all pairs, in turns, each in a process that waits while the others work; the torch
+engine also with all cores on one tree after another, instead of each on its own. Ratios are of runs
+in one turn. Distances are to transformers in float64, per sequence.
 
 Nothing else should run meanwhile.
 """
@@ -47,7 +48,8 @@ _PROJECT = Path(__file__).resolve().parents[2]
 _SAMPLE = _PROJECT / "sample" / "preferences.jsonl"
 _TRL = ("trl, best", "trl, default")
 _VLLM = ("vllm, shared prompts", "vllm, plain")
-_RATIOS = [("torch", "trl, best"), ("torch", "trl, default"), (_VLLM[0], _VLLM[1])]
+_TOGETHER = "torch, cores together"
+_RATIOS = [("torch", "trl, best"), ("torch", "trl, default"), _VLLM, ("torch", _TOGETHER)]
 
 
 def main() -> None:
@@ -146,7 +148,9 @@ def _race(
     config = ModelConfig(checkpoint=options.model, engine="torch")
     torch = process()
     report["sharing"] = torch.call(open_ours, config, checkpoint, groups)
-    entries["torch"] = torch, (groups,)
+    n_cores = report["cores"]
+    entries["torch"] = torch, (groups, {"_n_threads": n_cores})
+    entries[_TOGETHER] = torch, (groups, {"_n_threads": 1})  # one tree after another
     if "trl" not in options.without:
         trl = process()
         trl.call(open_trl, checkpoint)
@@ -158,7 +162,8 @@ def _race(
         config = ModelConfig(checkpoint=options.model, engine="vllm", vllm=settings)
         vllm.call(open_ours, config, checkpoint, groups)
         entries |= {
-            name: (vllm, (groups, reuse)) for name, reuse in zip(_VLLM, (True, False), strict=True)
+            name: (vllm, (groups, {"_reuse": reuse}))
+            for name, reuse in zip(_VLLM, (True, False), strict=True)
         }
     for where, arguments in entries.values():  # the first pass of a process is slow
         where.call(timed, arguments[0][:2], *arguments[1:])

@@ -87,9 +87,9 @@ def open_ours(config: ModelConfig, checkpoint: Checkpoint, groups: list[Group]) 
     batching = batching_of(ScoringConfig(), numerics_of(config, checkpoint))
     engine = open_engine(config, checkpoint, longest(groups))
 
-    def score(work: list[Group], reuse: bool | None = None) -> Sums:
-        if reuse is not None:
-            engine._reuse = reuse  # type: ignore[attr-defined]
+    def score(work: list[Group], how: dict[str, Any]) -> Sums:
+        for name, value in how.items():
+            setattr(engine, name, value)
         sums: Sums = {}
         for part in _calls(work, batching.call_tokens):
             for group, rows in zip(part, engine.score(part, batching.batch_tokens), strict=True):

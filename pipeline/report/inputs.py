@@ -91,8 +91,11 @@ def ordered(inp: ReportInput) -> ReportInput:
 
 
 def finite_rows(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows whose every float is a finite number (Polars holds NaN > 0 to be true)."""
-    floats = [name for name, dtype in frame.schema.items() if dtype.is_float()]
+    """The rows whose every float is a finite number (Polars holds NaN > 0 to be true).
+
+    A noise floor that was not measured is null.
+    """
+    floats = [n for n, dtype in frame.schema.items() if dtype.is_float() and n != "noise_floor"]
     if not floats:
         return frame
     return frame.filter(

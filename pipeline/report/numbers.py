@@ -9,7 +9,7 @@ import polars as pl
 from pipeline.report.baselines import baselines
 from pipeline.report.histogram import margin_histogram
 from pipeline.report.inputs import ReportInput, finite_rows, ordered
-from pipeline.rewards import accuracy, correct
+from pipeline.rewards import accuracy, correct, margin_noise
 from schemas.intake import DISPOSITIONS, SPLITS
 
 _STEP_NUMBERS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen")
@@ -222,13 +222,8 @@ def _start(margin: float | None, agreed: float | None, noise_margin: float | Non
 
 
 def _noise(floor: float | None, beta: float | None) -> dict[str, float | None]:
-    """The floor in nats, and the most it can move a margin.
-
-    A margin is beta x the signed sum of four log-probs (two models, two replies), each off by the
-    floor at worst.
-    """
-    worst = None if floor is None or beta is None else beta * 4 * floor
-    return {"nats": floor, "margin": worst}
+    """The floor in nats, and the most it can move a margin."""
+    return {"nats": floor, "margin": margin_noise(floor, beta)}
 
 
 def _mean(values: pl.Series) -> float | None:

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import polars as pl
 import pytest
 from support import PROJECT, build_tiny_model
@@ -19,6 +20,8 @@ from assets.definitions import defs, plan_definitions, plan_files
 from pipeline.names import store_of
 from pipeline.plan import load_plan
 from pipeline.rules import RULES
+from pipeline.scoring.engines.base import Group
+from pipeline.scoring.engines.torch_engine import TorchEngine
 from pipeline.store import current_snapshot, read
 
 WritePlan = Any
@@ -106,6 +109,40 @@ def test_two_plans_side_by_side(
     assert keys == {"tiny", "demo"}
 
 
+def test_a_sequence_that_cannot_be_scored_is_named_by_the_check(
+    write_plan: WritePlan, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TorchEngine.score
+    victims = []
+
+    def short_of_memory(
+        engine: TorchEngine, groups: Sequence[Group], batch_tokens: int
+    ) -> list[list[np.ndarray]]:
+        ids = [c.sequence_id for group in groups for c in group.completions]
+        victims[:] = victims or ids[:1]
+        if victims[0] in ids:
+            raise MemoryError("no room")
+        return real(engine, groups, batch_tokens)
+
+    monkeypatch.setattr(TorchEngine, "score", short_of_memory)
+    path = write_plan()
+    result = run(path, instance)
+    assert not result.success
+    (check,) = (
+        c
+        for c in result.get_asset_check_evaluations()
+        if c.check_name == "every_sequence_is_scored"
+    )
+    assert not check.passed
+    said = {name: value.value for name, value in check.metadata.items()}
+    assert (said["wanted"], said["held"]) == (24, 23)
+    assert said["unscored"] == {victims[0]: "out_of_memory: MemoryError: no room"}
+    monkeypatch.undo()
+    again = run(path, instance)
+    assert again.success
+    assert metadata(again, "logprobs_base")["rows_scored"] == 1
+
+
 def test_one_job_from_pairs_to_report(write_plan: WritePlan, instance: dg.DagsterInstance) -> None:
     path = write_plan()
     result = run(path, instance)
@@ -128,6 +165,10 @@ def test_one_job_from_pairs_to_report(write_plan: WritePlan, instance: dg.Dagste
     store = store_of(load_plan(path))
     rewards = read(store, "rewards/dpo")
     assert rewards.height == 12
+    # Every margin has what it may be off by beside it.
+    floors = metadata(result, "logprobs_base"), metadata(result, "logprobs_dpo")
+    floor = max(found["noise_floor_nats"] for found in floors)
+    assert rewards["noise_floor"].to_list() == [0.1 * 4 * floor] * 12
     # The same numbers in the page's JSON, in Dagster, and in the table.
     report = metadata(result, "reward_report_dpo")
     held_out = rewards.filter(pl.col("split") == "test")

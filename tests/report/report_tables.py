@@ -60,6 +60,7 @@ def reward_row(i: int, split: str, chosen: float, rejected: float) -> dict[str, 
         "objective_score_chosen": BETA * chosen,
         "objective_score_rejected": BETA * rejected,
         "margin": margin,
+        "noise_floor": 4 * BETA * FLOOR,
         "correct": 0.5 if margin == 0 else float(margin > 0),
         "gradient_weight": 1 / (1 + math.exp(margin)),
     }

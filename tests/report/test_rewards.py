@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given
@@ -250,6 +251,27 @@ def test_row_order_does_not_matter() -> None:
     made = tables()
     backwards = Tables(*(table.reverse() for table in vars(made).values()))
     assert backwards.rewards().equals(made.rewards())
+
+
+def test_a_margin_is_off_by_its_noise_floor_at_worst() -> None:
+    made, floor = tables(), 3e-3
+    table = made.rewards(noise_floor=floor)
+    assert made.rewards()["noise_floor"].null_count() == table.height, "not measured"
+    generator = np.random.default_rng(0)
+
+    def noisy(frame: pl.DataFrame, signs: np.ndarray) -> pl.DataFrame:
+        return frame.with_columns(pl.col("logprob") + floor * signs)
+
+    worst = pl.zeros(table.height, eager=True)
+    for _ in range(40):
+        signs = (generator.choice([-1.0, 1.0], made.policy.height) for _ in range(2))
+        off = made.rewards(
+            reference=noisy(made.reference, next(signs)), policy=noisy(made.policy, next(signs))
+        )
+        moved = (off["margin"] - table["margin"]).abs()
+        assert (moved <= table["noise_floor"] * (1 + 1e-9)).all()
+        worst = pl.select(pl.max_horizontal(worst, moved)).to_series()
+    assert (worst >= table["noise_floor"] * (1 - 1e-9)).any(), "and no more than that is claimed"
 
 
 def test_pairs_that_were_not_tokenised_are_left_out() -> None:

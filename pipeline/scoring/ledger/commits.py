@@ -117,7 +117,10 @@ def read_token_logprobs(key: ScorerKey) -> pl.DataFrame:
 
 def read_unscored(key: ScorerKey) -> pl.DataFrame:
     """The sequences that were tried in vain and not scored since, `schemas.UnscoredSequence`."""
-    return _read(key, "unscored").join(read_logprobs(key), on="sequence_id", how="anti")
+    tried = _read(key, "unscored")
+    if tried.is_empty():
+        return tried
+    return tried.join(read_logprobs(key), on="sequence_id", how="anti")
 
 
 def scorers(ledger: Path) -> pl.DataFrame:

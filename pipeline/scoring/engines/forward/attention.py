@@ -188,11 +188,13 @@ def _tile_fused(
     """Queries [H, n, D] over keys and values [G, m, D]: [H, n, D]."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    groups = rows.shape[0] // keys.shape[0]
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
     return scaled_dot_product_attention(
-        rows[None], keys[None], values[None], attn_mask=mask[None, None], scale=scaling
+        rows[None],
+        keys[None],
+        values[None],
+        attn_mask=mask[None, None],
+        scale=scaling,
+        enable_gqa=rows.shape[0] != keys.shape[0],
     )[0]
 
 
