@@ -64,11 +64,11 @@ class Task(Protocol[_Item, _Result]):
 
 
 class Run(Protocol):
-    """Has items done by the workers."""
+    """Has items done by the workers; a task is a `Task`."""
 
     def __call__(
         self,
-        task: Task[Any, Any],
+        task: Callable[[Any, Any, Report | None], Any],
         items: Sequence[Any],
         report: Report | None,
         divide: Divide | None = None,

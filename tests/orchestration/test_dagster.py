@@ -113,7 +113,7 @@ def test_a_sequence_that_cannot_be_scored_is_named_by_the_check(
     write_plan: WritePlan, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = TorchEngine.score
-    victims = []
+    victims: list[str] = []
 
     def short_of_memory(
         engine: TorchEngine, groups: Sequence[Group], batch_tokens: int
