@@ -183,10 +183,9 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         read_logprobs(reference),
         read_logprobs(policy),
         beta=plan.report.beta,
-        score=lambda ratio, logprob, n: spec.score(ratio, logprob, n, values),
-        gradient_weight=lambda chosen, rejected: spec.gradient_weight(
-            chosen, rejected, values, statistics
-        ),
+        spec=spec,
+        values=values,
+        statistics=statistics,
         policy_id=identifier,
         pairs_digest=current_snapshot(store, "pairs").digest,
     )
@@ -260,7 +259,7 @@ def _loss(objective: ObjectiveConfig) -> dict[str, str]:
     """What a policy was trained with, as a report shows it."""
     target = objective.spec.target(objective.values)
     return {
-        "loss": objective.loss,
+        "loss": objective.spec.name,
         **{key: f"{value:g}" for key, value in objective.values.items()},
         "target": "none, it always asks for more" if target is None else str(target),
         "paper": objective.spec.paper,

@@ -2,11 +2,11 @@
 
 from pipeline.plan.audit import write_audit_plan
 from pipeline.plan.load import environment_overrides, load_plan
+from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.sections import (
     AuditConfig,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     ParityConfig,
     Plan,
     ReportConfig,

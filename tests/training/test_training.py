@@ -22,7 +22,8 @@ from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import compute_rewards, score, train
 from pipeline.store import Store, read
 from pipeline.training.batches import TrainingPair, schedule_of, training_pairs, values_digest
-from pipeline.training.loop import _backward, _with_adapter
+from pipeline.training.loop import _with_adapter
+from pipeline.training.step import backward
 
 WritePlan = Any
 
@@ -80,7 +81,7 @@ def test_gradients_equal_autograd_in_float64(write_plan: WritePlan) -> None:
             parameter.data = torch.randn_like(parameter) * 0.05
         twins[name].data = parameter.data.double()
     for pair in pairs:
-        _backward(single, pair, objective, {}, len(pairs))
+        backward(single, pair, objective, {}, len(pairs))
     losses = [written_out(double, pair, objective.values["beta"]) for pair in pairs]
     torch.autograd.backward(torch.stack(losses).mean())
     mine, oracle = (
