@@ -8,6 +8,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     create_model,
     field_validator,
     model_validator,
@@ -116,8 +117,19 @@ def _as_a_sum(said: Mapping[str, Any]) -> dict[str, Any]:
     for name, term in terms.items():
         parameters = losses.REGISTRY[name].parameters
         own = term if isinstance(term, dict) else {"weight": term}
+        for key in own:
+            if key not in ("weight", *parameters):
+                has = ", ".join(("weight", *parameters))
+                raise fault(f"loss.{name}.{key}", f"unknown key; allowed: {has}")
         shared = {key: value for key, value in beside.items() if key in parameters}
-        spelled[name] = _valued(name, {"weight": WEIGHT, **parameters}, {**shared, **own})
+        try:
+            spelled[name] = _valued(name, {"weight": WEIGHT, **parameters}, {**shared, **own})
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            key = str(wrong["loc"][0])
+            where = key if key not in own else f"loss.{name}.{key}"
+            message = wrong["msg"].replace("Input should", f"{wrong['input']!r} should")
+            raise fault(where, message) from None
     return {**{key: said[key] for key in _NOT_VALUES if key in said}, "loss": spelled}
 
 
