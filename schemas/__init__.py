@@ -2,6 +2,7 @@
 
 from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema, require_validation
 from schemas.intake import InputRow, PairCandidate, PreferencePair, QuarantinedRow
+from schemas.landscape import LossLandscape
 from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
 from schemas.sequences import (
@@ -20,6 +21,7 @@ __all__ = [
     "InputRow",
     "KlSequence",
     "LogProb",
+    "LossLandscape",
     "PairCandidate",
     "PairSequence",
     "PreferencePair",

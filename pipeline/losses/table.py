@@ -19,25 +19,26 @@ def table_columns(spec: LossSpec) -> list[str]:
     return [*(f"{prefix}_{side}" for prefix in prefixes for side in _SIDES), *spec.columns]
 
 
-def batch_of(frame: pl.DataFrame, spec: LossSpec) -> PairBatch:
+def batch_of(frame: pl.DataFrame, *specs: LossSpec) -> PairBatch:
     """A table's columns as float64 tensors [rows].
 
     Args:
         frame: the columns of `table_columns`, log-probs in nats.
-        spec: the loss that will read them.
+        specs: the losses that will read them, one at least.
 
     Raises:
         LossInputError: a column is missing, or holds a null, a NaN or an infinity.
     """
     import torch
 
-    wanted = table_columns(spec)
-    if missing := [name for name in wanted if name not in frame.columns]:
-        reads = "; ".join(f"{need}: {NEEDS[need].what}" for need in spec.needs)
-        raise LossInputError(
-            f"{spec.name} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}, which "
-            f"the table has not ({reads})"
-        )
+    for spec in specs:
+        if missing := [name for name in table_columns(spec) if name not in frame.columns]:
+            reads = "; ".join(f"{need}: {NEEDS[need].what}" for need in spec.needs)
+            raise LossInputError(
+                f"{spec.name} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}, "
+                f"which the table has not ({reads})"
+            )
+    wanted = list(dict.fromkeys(name for spec in specs for name in table_columns(spec)))
     numbers = frame.select(pl.col(wanted).cast(pl.Float64))
     finite = numbers.select(pl.all().is_finite().fill_null(value=False).all())
     if bad := [name for name in wanted if not finite[name].item() and numbers.height]:
@@ -48,7 +49,7 @@ def batch_of(frame: pl.DataFrame, spec: LossSpec) -> PairBatch:
         *(columns[f"policy_{side}"] for side in _SIDES),
         *(columns.get(f"ref_{side}", nothing) for side in _SIDES),
         *(columns[f"n_{side}"] for side in _SIDES),
-        more={name: columns[name] for name in spec.columns},
+        more={name: columns[name] for spec in specs for name in spec.columns},
     )
 
 

@@ -354,7 +354,7 @@ OTHER: dict[str, object] = {
     "store": "other", "evaluation": {"e": {"path": "e", "shape": "hh"}},
     "engine": "vllm", "loss": "ipo", "head_dtype": "model", "attention_backend": "FLASH_ATTN",
     "reference_correction": "never", "parity": {"engine": "vllm"},
-    "audits": {"theirs": {"reference": "sft", "policy": "two"}},
+    "losses": ["dpo"], "audits": {"theirs": {"reference": "sft", "policy": "two"}},
 }  # fmt: skip
 """Another valid value for each key that is not a number."""
 
@@ -367,6 +367,8 @@ def another(keys: tuple[str, ...], value: Any) -> object:
         return "two"
     if keys[-1] in OTHER:
         return OTHER[keys[-1]]
+    if isinstance(value, list):
+        return [*value, 0.4]
     if isinstance(value, bool):
         return not value
     if isinstance(value, float):
