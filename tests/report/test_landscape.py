@@ -43,8 +43,8 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
 def by_hand(name: str, values: dict[str, float], rows: list[dict[str, Any]]) -> dict[str, float]:
     """Mean loss, weights and what follows from them, of the formulas in 80 digits."""
     losses, weights = [], []
-    for row in [*rows, "rest"]:
-        if isinstance(row, str):
+    for row in [*rows, None]:
+        if row is None:  # a pair at rest
             one = dict.fromkeys(
                 [f"{model}_{side}" for model in ("policy", "reference") for side in SIDES], -1.0
             )
