@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def kl_objective(
     policy: "torch.Tensor", reference: "torch.Tensor", rewards: "torch.Tensor", beta: float
 ) -> "torch.Tensor":
-    """E[r] - beta * KL(policy || reference) per prompt, [prompts] (section 1.1; DPO paper, eq. 3)."""
+    """E[r] - beta * KL(policy || reference), [prompts] (section 1.1; DPO paper, eq. 3)."""
     return (policy.exp() * (rewards - beta * (policy - reference))).sum(-1)
 
 
