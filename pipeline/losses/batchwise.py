@@ -14,20 +14,20 @@ _KEPT = 0.9
 _SMALLEST_BETA = 1e-3
 
 
-def matched(of: "torch.Tensor", among: "torch.Tensor") -> "torch.Tensor":
-    """For each number of `of`, [B], the one of equal rank in `among`, [B]."""
+def of_equal_rank(ours: "torch.Tensor", theirs: "torch.Tensor") -> "torch.Tensor":
+    """For each number of `ours`, [B], where in `theirs`, [B], the one of equal rank stands."""
     import torch
 
-    order = torch.argsort(of.detach(), stable=True)
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order), device=order.device)
-    return among.sort(stable=True).values[ranks]
+    order, others = (torch.argsort(x.detach(), stable=True) for x in (ours, theirs))
+    partners = torch.empty_like(order)
+    partners[order] = others
+    return partners
 
 
 def _paired(batch: PairBatch, values: Values) -> "torch.Tensor":
     policy = batch.policy_chosen - batch.policy_rejected
     reference = batch.reference_chosen - batch.reference_rejected
-    return values["beta"] * (policy - matched(policy, reference))
+    return values["beta"] * (policy - reference[of_equal_rank(policy, reference)])
 
 
 def aot_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
@@ -49,17 +49,21 @@ def aot_unpaired_loss(batch: PairBatch, values: Values, statistics: Statistics) 
     A pair's loss stands where its chosen reply is.
     """
     chosen, rejected = batch.chosen.log_ratio, batch.rejected.log_ratio
-    margin = values["beta"] * (chosen - matched(chosen, rejected))
+    margin = values["beta"] * (chosen - rejected[of_equal_rank(chosen, rejected)])
     return smoothed(margin, values["label_smoothing"])
 
 
 def aot_unpaired_slopes(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
     """Each side's, of the margin it has with the reply of equal rank."""
+    import torch
+
     chosen, rejected = batch.chosen.log_ratio, batch.rejected.log_ratio
-    beta, e = values["beta"], values["label_smoothing"]
-    of_chosen = smoothed_slope(beta * (chosen - matched(chosen, rejected)), e)
-    of_rejected = smoothed_slope(beta * (matched(rejected, chosen) - rejected), e)
-    return of_chosen, -of_rejected
+    partners = of_equal_rank(chosen, rejected)
+    margin = values["beta"] * (chosen - rejected[partners])
+    of_chosen = smoothed_slope(margin, values["label_smoothing"])
+    of_rejected = torch.empty_like(of_chosen)
+    of_rejected[partners] = -of_chosen
+    return of_chosen, of_rejected
 
 
 def beta_statistic(batch: PairBatch, values: Values, before: Statistics) -> Statistics:

@@ -13,16 +13,16 @@ Made from the registry by `python -m pipeline.losses.document docs/losses.md`; a
 the code.
 
 A plan names a loss and sets its parameters (`{loss: dpo, beta: 0.1, …}`); what it leaves out has
-the default here. A weighted sum is a map of names to weights, `{loss: {dpo: 1.0, nll_mean: 0.2},
-beta: 0.1, …}`, and a term's own values may stand with its weight, `{simpo: {weight: 0.2, beta: 2.0}}`.
-An NLL term is a loss like any other: `nll_sum` counts a reply by its sum, `nll_mean` by its mean per
-token, `nll_token_mean` every token of the batch alike.
+the default here. A weighted sum is a map of names to weights, `{loss: {dpo: 1.0, nll_mean: 0.2}}`
+with `beta: 0.1` beside it, and a term's own values may stand with its weight, `{simpo: {weight:
+0.2, beta: 2.0}}`. An NLL term is a loss like any other: `nll_sum` counts a reply by its sum,
+`nll_mean` by its mean per token, `nll_token_mean` every token of the batch alike.
 
 `s` is a reply's score in the loss's own scale, `m = s_w - s_l` the margin of the chosen (`w`) and
-the rejected one (`l`), `σ'` is `σ(x) σ(-x)`, `h` the margin of log-ratios in nats. Log-probs are sums
-over a reply's scored tokens, its end-of-turn included; means are per such token. A gradient is
-dLoss/ds of the chosen reply, and its opposite of the rejected one, unless both are given. The target
-is the margin where the loss rests at its defaults (SimPO's: that it asks for).
+the rejected one (`l`), `σ'` is `σ(x) σ(-x)`, `h` the margin of log-ratios in nats. Log-probs are
+sums over a reply's scored tokens, its end-of-turn included; means are per such token. A gradient
+is dLoss/ds of the chosen reply, and its opposite of the rejected one, unless both are given. The
+target is the margin where the loss rests at its defaults (SimPO's: that it asks for).
 """
 
 
