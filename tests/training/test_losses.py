@@ -123,12 +123,29 @@ def test_the_losses_are_known_without_torch() -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_losses_gradients_and_weights_are_the_papers(name: str) -> None:
-    """Of 208 random pairs."""
+    """Of 208 random pairs, half of them near rest, where a loss turns."""
     generator = np.random.default_rng(11)
-    largest = 30.0 if name in OVERFLOWS else 500.0
-    for _ in range(26):
+    for near in (True, False) * 13:
+        largest = 3.0 if near else 30.0 if name in OVERFLOWS else 500.0
         values, statistics = a_case(generator, REGISTRY[name])
         check(name, [a_pair(generator, largest) for _ in range(8)], values, statistics)
+
+
+def test_alphapo_without_alpha_is_simpo() -> None:
+    generator = np.random.default_rng(2)
+    batch, values = batch_of([a_pair(generator) for _ in range(5)]), {"beta": 2.0, "gamma": 0.3}
+    simpo, alphapo = REGISTRY["simpo"], REGISTRY["alphapo"]
+    plain = {**values, "alpha": 0.0}
+    assert alphapo.loss(batch, plain, {}).tolist() == simpo.loss(batch, values, {}).tolist()
+    for ours, theirs in zip(
+        (*alphapo.scores(batch, plain), *alphapo.logprob_slopes(batch, plain, {})),
+        (*simpo.scores(batch, values), *simpo.logprob_slopes(batch, values, {})),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    assert alphapo.loss(batch, {**values, "alpha": 0.01}, {}).tolist() != pytest.approx(
+        simpo.loss(batch, values, {}).tolist(), rel=1e-6
+    )
 
 
 def moved(chosen: float, rejected: float, n: float) -> Numbers:
