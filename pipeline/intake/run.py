@@ -14,8 +14,6 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.errors import SourceError, StoreError
-from pipeline.intake.contract import REJECTED_SCHEMA
-from pipeline.intake.judging import Bucket, JudgedBucket, judge_bucket, read_merged
 from pipeline.intake.law import (
     PLACE_SCHEMA,
     count_fates,
@@ -24,14 +22,16 @@ from pipeline.intake.law import (
     row_law,
     row_states,
 )
-from pipeline.intake.leakage import PromptTask, search
-from pipeline.intake.merge import FATE_SCHEMA, Setting
 from pipeline.intake.parallel import FEW, in_order
-from pipeline.intake.reading import Chunk, ReadChunk, read_chunk
+from pipeline.intake.prompts.judging import Bucket, JudgedBucket, judge_bucket, read_merged
+from pipeline.intake.prompts.leakage import PromptTask, search
+from pipeline.intake.prompts.merge import FATE_SCHEMA, Setting
+from pipeline.intake.prompts.splits import prompts_in_two_splits
+from pipeline.intake.rows.contract import REJECTED_SCHEMA
+from pipeline.intake.rows.reading import Chunk, ReadChunk, read_chunk
+from pipeline.intake.rows.units import LABEL, PAIR
 from pipeline.intake.sources import raw_rows, shape_of_source
-from pipeline.intake.splits import prompts_in_two_splits
 from pipeline.intake.spool import BUCKETS, read_parts
-from pipeline.intake.units import LABEL, PAIR
 from pipeline.plan import Plan
 from pipeline.rules import RULES
 from pipeline.sources import RawRow

@@ -11,8 +11,8 @@ from desk import Desk, Row, lines, row
 from pydantic import ValidationError
 from support import PROJECT
 
-from pipeline.intake.merge import _in_cycle
-from pipeline.intake.near import (
+from pipeline.intake.prompts.merge import _in_cycle
+from pipeline.intake.prompts.near import (
     NearIndex,
     band_keys,
     jaccard,
@@ -20,7 +20,7 @@ from pipeline.intake.near import (
     shingles,
     word_grams,
 )
-from pipeline.intake.units import unit_frame
+from pipeline.intake.rows.units import unit_frame
 from pipeline.rules import ACTIONS, RULES, rules_page
 from pipeline.sources import Candidate, ReadOptions, Unit, pair
 from pipeline.sources.base import Message
