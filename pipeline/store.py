@@ -15,12 +15,14 @@ from typing import Any, BinaryIO
 
 import blake3
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError
-from schemas import Table, require_validation
+from schemas import Table, polars_schema, require_validation
 
 _TABLE_KEY = b"logratio.table"
+_GROUP_ROWS = 1 << 16
 _verified: set[tuple[str, int, int, int, int]] = set()
 
 
@@ -91,6 +93,36 @@ def publish(store: Store, name: str, frame: pl.DataFrame, model: type[Table]) ->
     return TableSnapshot(snapshot.path, snapshot.digest, snapshot.n_bytes, frame.height)
 
 
+def publish_pieces(
+    store: Store, name: str, pieces: Iterator[pl.DataFrame], model: type[Table]
+) -> TableSnapshot:
+    """Publish a table that comes in pieces, holding a few of them at a time.
+
+    The rows decide the bytes, however they are cut: they are those `publish` would write. What a
+    table's contract says of all rows together (a unique id) is checked within a piece only.
+
+    Raises:
+        pandera.errors.SchemaErrors: a piece breaks the table's contract.
+        StoreError: a value is NaN or infinite, or the disk failed.
+    """
+    n_rows = 0
+
+    def counted() -> Iterator[pl.DataFrame]:
+        nonlocal n_rows
+        yield pl.DataFrame(schema=polars_schema(model))
+        for piece in pieces:
+            n_rows += piece.height
+            yield checked(name, piece, model)
+
+    snapshot = commit(
+        store.directory / name,
+        lambda sink: _write_pieces(sink, counted(), name.partition("/")[0]),
+        ".parquet",
+    )
+    move_pointer(store.current(name), snapshot.path)
+    return TableSnapshot(snapshot.path, snapshot.digest, snapshot.n_bytes, n_rows)
+
+
 def publish_file(store: Store, name: str, content: bytes, suffix: str) -> Snapshot:
     """Make `content` the current snapshot of file `name`, in the same way as a table."""
     snapshot = commit(store.directory / name, lambda sink: sink.write(content), suffix)
@@ -105,6 +137,28 @@ def read(store: Store, name: str) -> pl.DataFrame:
         StoreError: there is none, or its bytes are not those that were published.
     """
     return read_snapshot(current_snapshot(store, name).path, name.partition("/")[0])
+
+
+def is_published(store: Store, name: str) -> bool:
+    """Whether table `name` has ever been published."""
+    return store.current(name).is_symlink()
+
+
+def read_pieces(
+    store: Store, name: str, columns: list[str] | None = None, n_rows: int = 1 << 13
+) -> Iterator[pl.DataFrame]:
+    """The current snapshot of table `name`, verified; `n_rows` at a time, all columns or some.
+
+    Raises:
+        StoreError: there is none, or its bytes are not those that were published.
+    """
+    path = current_snapshot(store, name).path
+    _verify_table(path, name.partition("/")[0])
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(n_rows, columns=columns):
+            frame = pl.from_arrow(pa.Table.from_batches([batch]))
+            assert isinstance(frame, pl.DataFrame)
+            yield frame
 
 
 def current_snapshot(store: Store, name: str, suffix: str = ".parquet") -> Snapshot:
@@ -140,15 +194,27 @@ def checked(name: str, frame: pl.DataFrame, model: type[Table]) -> pl.DataFrame:
 
 def write_parquet(sink: BinaryIO, frame: pl.DataFrame, table: str) -> None:
     """Write a frame as Parquet with the table's name in the footer (catches swapped files)."""
-    arrow = frame.to_arrow()
-    metadata = {**(arrow.schema.metadata or {}), _TABLE_KEY: table.encode()}
-    pq.write_table(
-        arrow.replace_schema_metadata(metadata),
-        sink,
-        compression="zstd",
-        write_page_checksum=True,
-        row_group_size=1 << 16,
-    )
+    _write_pieces(sink, iter([frame]), table)
+
+
+def _write_pieces(sink: BinaryIO, pieces: Iterator[pl.DataFrame], table: str) -> None:
+    """Write frames as one Parquet file, in groups of `_GROUP_ROWS` wherever they were cut."""
+    held = next(pieces).to_arrow()
+    schema = held.schema.with_metadata({**(held.schema.metadata or {}), _TABLE_KEY: table.encode()})
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+
+        def write(rows: pa.Table) -> None:
+            # In one chunk a column: where chunks end, pages could.
+            writer.write_table(rows.combine_chunks(), row_group_size=_GROUP_ROWS)
+
+        for piece in pieces:
+            held = pa.concat_tables([held, piece.to_arrow()])
+            whole = held.num_rows // _GROUP_ROWS * _GROUP_ROWS
+            for begin in range(0, whole, _GROUP_ROWS):
+                write(held.slice(begin, _GROUP_ROWS))
+            held = held.slice(whole)
+        for begin in range(0, max(held.num_rows, 1), _GROUP_ROWS):
+            write(held.slice(begin, _GROUP_ROWS))
 
 
 def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataFrame:
@@ -157,11 +223,15 @@ def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataF
     Raises:
         StoreError: missing, damaged, or another table's file.
     """
+    _verify_table(path, table, digest)
+    return pl.read_parquet(path, glob=False, hive_partitioning=False)
+
+
+def _verify_table(path: Path, table: str, digest: str | None = None) -> None:
     verify(path, digest or path.name.partition(".")[0])
     found = (pq.read_schema(path).metadata or {}).get(_TABLE_KEY, b"?").decode()
     if found != table:
         raise StoreError(f"{path}: is a '{found}' table, not '{table}'")
-    return pl.read_parquet(path, glob=False, hive_partitioning=False)
 
 
 def verify(path: Path, digest: str, n_bytes: int | None = None) -> None:

@@ -6,9 +6,11 @@ from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
 from schemas.sequences import (
     KlSequence,
+    LabelSequence,
     PairSequence,
     Sequence,
     Tokenization,
+    UntokenizedLabel,
     UntokenizedPair,
 )
 from schemas.training import TrainingStep
@@ -19,6 +21,7 @@ __all__ = [
     "TOKEN_IDS",
     "InputRow",
     "KlSequence",
+    "LabelSequence",
     "LogProb",
     "PairCandidate",
     "PairSequence",
@@ -31,6 +34,7 @@ __all__ = [
     "TokenLogProb",
     "Tokenization",
     "TrainingStep",
+    "UntokenizedLabel",
     "UntokenizedPair",
     "identity_fields",
     "polars_schema",
