@@ -9,7 +9,6 @@ place, none looks back, and none looks further ahead than one character, so what
 side is encoded as if it stood alone. The two short texts are then encoded, together and apart.
 """
 
-import json
 import re
 from collections import deque
 from typing import Any
@@ -32,17 +31,16 @@ class Boundary:
     """What a tokeniser's definition says about where texts can be cut.
 
     Args:
-        definition: the tokeniser's JSON.
+        definition: the tokeniser's.
         controls: finds its added tokens.
     """
 
-    def __init__(self, definition: str, controls: re.Pattern[str]) -> None:
-        fields = json.loads(definition)
-        added = fields["added_tokens"]
+    def __init__(self, definition: dict[str, Any], controls: re.Pattern[str]) -> None:
+        added = definition["added_tokens"]
         self._controls = controls
         self._longest = max((len(token["content"]) for token in added), default=0)
         self._anchored = bool(added) and _found_wherever_they_stand(added)
-        self._words = splits_between_words(fields)
+        self._words = splits_between_words(definition)
 
     def halves(self, prompt: str, completion: str) -> tuple[str, str]:
         """An end of the prompt and a beginning of the completion that decide.

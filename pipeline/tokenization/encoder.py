@@ -3,6 +3,7 @@
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from pipeline.tokenization.literal import Marked
 from pipeline.tokenization.rendering import Messages, Renderer
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
@@ -64,18 +66,27 @@ class Encoder:
         self.tokenizer = tokenizer
         self.config = config
         self.controls = control_strings(tokenizer)
-        self._definition = definition_of(tokenizer)
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        self._control_begins = {text[0] for text in added if len(text) > 1}
+        definition = definition_of(tokenizer)
+        self._definition = json.dumps(definition, sort_keys=True)
         self._eos: int | None = tokenizer.eos_token_id
-        # Copies, since the tokeniser's own backend may truncate or pad, as it was last used or
-        # saved. The second knows no added token, and so takes their strings for text.
+        # A copy, since the tokeniser's own backend may truncate or pad, as it was last used or
+        # saved.
         self._tokens = Tokenizer.from_str(self._definition)
-        nothing_added = {**json.loads(self._definition), "added_tokens": []}
-        self._text = Tokenizer.from_str(json.dumps(nothing_added))
-        self._boundary = Boundary(self._definition, self.controls)
+        self._boundary = Boundary(definition, self.controls)
         self._merges: dict[tuple[str, str], bool] = {}
         variables = dict(tokenizer.special_tokens_map)
         self.renderer = Renderer(template, variables, config.pinned_date)
         self._try_template()
+
+    @cached_property
+    def _text(self) -> "Tokenizer":
+        """Knows no added token, and so takes their strings for text."""
+        from tokenizers import Tokenizer
+
+        nothing_added = {**json.loads(self._definition), "added_tokens": []}
+        return Tokenizer.from_str(json.dumps(nothing_added))
 
     def identity(self) -> pl.DataFrame:
         """The one-row `tokenizations` table."""
@@ -96,7 +107,11 @@ class Encoder:
         """How many control strings stand in texts."""
         if not self.controls.pattern:
             return 0
-        return sum(len(self.controls.findall(text)) for text in texts)
+        return sum(
+            len(self.controls.findall(text))
+            for text in texts
+            if any(character in text for character in self._control_begins)
+        )
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32 [n]; control strings are control ids, and none is added."""
