@@ -5,16 +5,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import dagster as dg
+import polars as pl
 
-from assets.metadata import column_schema, counts_markdown, table_metadata
+from assets.metadata import column_schema, counts_markdown, examples_markdown, table_metadata
 from assets.resources import opened, resource_key, tag_run
 from pipeline import stages
 from pipeline.errors import SourceError
 from pipeline.intake import run_intake, sources_digest
-from pipeline.intake.validate import prompts_in_two_splits
 from pipeline.plan import Plan
-from pipeline.store import read
-from schemas import PreferencePair, QuarantinedRow, Sequence
+from schemas import PreferenceLabel, PreferencePair, QuarantinedRow, Sequence, Table
 
 GROUP = "intake"
 
@@ -57,33 +56,41 @@ def raw_preferences(plan: Plan) -> dg.AssetsDefinition:
 
 
 def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
-    """One asset for the valid pairs and one for the rejected rows, made by one step."""
+    """Assets for the valid pairs, the labels and the rejected rows, made by one step."""
     raw = dg.AssetKey([plan.name, "raw_preferences"])
     pairs = dg.AssetKey([plan.name, "preference_pairs"])
+    labels = dg.AssetKey([plan.name, "preference_labels"])
     quarantine = dg.AssetKey([plan.name, "quarantined_rows"])
+    said: tuple[tuple[dg.AssetKey, str, type[Table]], ...] = (
+        (pairs, "One row is a distinct valid preference pair.", PreferencePair),
+        (labels, "One row is a distinct valid labelled completion.", PreferenceLabel),
+        (
+            quarantine,
+            "One row is an input row that was rejected, with the rule it broke.",
+            QuarantinedRow,
+        ),
+    )
 
     @dg.multi_asset(
         name=f"{plan.name}_intake",
         specs=[
             dg.AssetSpec(
-                pairs,
+                key,
                 deps=[raw],
-                description="One row is a distinct valid preference pair.",
+                description=description,
                 kinds={"polars", "parquet"},
-                metadata={"dagster/column_schema": column_schema(PreferencePair)},
-            ),
-            dg.AssetSpec(
-                quarantine,
-                deps=[raw],
-                description="One row is an input row that was rejected, with the rule it broke.",
-                kinds={"polars", "parquet"},
-                metadata={"dagster/column_schema": column_schema(QuarantinedRow)},
-            ),
+                metadata={"dagster/column_schema": column_schema(model)},
+            )
+            for key, description, model in said
         ],
         group_name=GROUP,
         check_specs=[
             dg.AssetCheckSpec("every_row_is_accounted_for", asset=pairs, blocking=True),
             dg.AssetCheckSpec("no_prompt_is_in_two_splits", asset=pairs, blocking=True),
+            dg.AssetCheckSpec(
+                "no_training_prompt_is_near_an_evaluated_one", asset=pairs, blocking=True
+            ),
+            dg.AssetCheckSpec("rules_stay_within_their_limits", asset=quarantine, blocking=True),
         ],
         required_resource_keys={resource_key(plan.name)},
     )
@@ -113,18 +120,54 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                 ),
                 dg.AssetCheckResult(
                     check_name="no_prompt_is_in_two_splits",
-                    passed=not (leaked := prompts_in_two_splits(read(store, "pairs"))),
-                    metadata={"prompts": leaked},
+                    passed=result.prompts_in_two_splits == 0,
+                    metadata={"prompts": result.prompts_in_two_splits},
+                ),
+                dg.AssetCheckResult(
+                    check_name="no_training_prompt_is_near_an_evaluated_one",
+                    passed=result.trained_near_eval == 0,
+                    # Who says `near_eval: flag` wants to train on them all the same.
+                    severity=dg.AssetCheckSeverity.WARN
+                    if run_plan.actions["near_eval"] == "flag"
+                    else dg.AssetCheckSeverity.ERROR,
+                    metadata={
+                        "pairs_trained_on": result.trained_near_eval,
+                        "action": run_plan.actions["near_eval"],
+                    },
                 ),
             ],
         )
+        yield dg.MaterializeResult(
+            asset_key=labels,
+            data_version=dg.DataVersion(result.labels.digest),
+            metadata=table_metadata(result.labels, "labels"),
+        )
+        limited = result.rules.filter(pl.col("at_most").is_not_null())
+        limited = limited.select("rule", "share", "at_most")
+        exceeded = result.rules.filter(~pl.col("holds"))["rule"].to_list()
         yield dg.MaterializeResult(
             asset_key=quarantine,
             data_version=dg.DataVersion(result.quarantine.digest),
             metadata={
                 **table_metadata(result.quarantine, "quarantine"),
                 "by_rule": counts_markdown(result.quarantined_by_rule, "nothing was quarantined"),
+                "examples": examples_markdown(result.examples, "nothing was quarantined"),
+                # A number each, and always all of them, so that Dagster draws them over time.
+                **{f"rule/{row['rule']}": row["n"] for row in result.rules.to_dicts()},
             },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name="rules_stay_within_their_limits",
+                    passed=not exceeded,
+                    metadata={
+                        "exceeded": ", ".join(exceeded) or "none",
+                        **{
+                            rule: f"{share:.4f} of the rows, at most {at_most}"
+                            for rule, share, at_most in limited.iter_rows()
+                        },
+                    },
+                )
+            ],
         )
 
     return intake

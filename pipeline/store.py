@@ -8,7 +8,7 @@ Readers verify size and hash before parsing: Polars does not check Parquet's own
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -94,12 +94,12 @@ def publish(store: Store, name: str, frame: pl.DataFrame, model: type[Table]) ->
 
 
 def publish_pieces(
-    store: Store, name: str, pieces: Iterator[pl.DataFrame], model: type[Table]
+    store: Store, name: str, pieces: Iterable[pl.DataFrame], model: type[Table]
 ) -> TableSnapshot:
-    """Publish a table that comes in pieces, holding a few of them at a time.
+    """`publish`, of a table that comes in pieces and never is in memory as a whole.
 
-    The rows decide the bytes, however they are cut: they are those `publish` would write. What a
-    table's contract says of all rows together (a unique id) is checked within a piece only.
+    Each piece is validated by itself: what a column promises over all rows (`unique`) the caller
+    must see to. Equal rows give equal bytes, however they are cut.
 
     Raises:
         pandera.errors.SchemaErrors: a piece breaks the table's contract.
@@ -107,18 +107,12 @@ def publish_pieces(
     """
     n_rows = 0
 
-    def counted() -> Iterator[pl.DataFrame]:
+    def write(sink: BinaryIO) -> None:
         nonlocal n_rows
-        yield pl.DataFrame(schema=polars_schema(model))
-        for piece in pieces:
-            n_rows += piece.height
-            yield checked(name, piece, model)
+        checked_pieces = (checked(name, piece, model) for piece in pieces)
+        n_rows = _write_pieces(sink, checked_pieces, polars_schema(model), name.partition("/")[0])
 
-    snapshot = commit(
-        store.directory / name,
-        lambda sink: _write_pieces(sink, counted(), name.partition("/")[0]),
-        ".parquet",
-    )
+    snapshot = commit(store.directory / name, write, ".parquet")
     move_pointer(store.current(name), snapshot.path)
     return TableSnapshot(snapshot.path, snapshot.digest, snapshot.n_bytes, n_rows)
 
@@ -194,27 +188,32 @@ def checked(name: str, frame: pl.DataFrame, model: type[Table]) -> pl.DataFrame:
 
 def write_parquet(sink: BinaryIO, frame: pl.DataFrame, table: str) -> None:
     """Write a frame as Parquet with the table's name in the footer (catches swapped files)."""
-    _write_pieces(sink, iter([frame]), table)
+    _write_pieces(sink, [frame], frame.schema, table)
 
 
-def _write_pieces(sink: BinaryIO, pieces: Iterator[pl.DataFrame], table: str) -> None:
-    """Write frames as one Parquet file, in groups of `_GROUP_ROWS` wherever they were cut."""
-    held = next(pieces).to_arrow()
-    schema = held.schema.with_metadata({**(held.schema.metadata or {}), _TABLE_KEY: table.encode()})
+def _write_pieces(
+    sink: BinaryIO, pieces: Iterable[pl.DataFrame], columns: pl.Schema, table: str
+) -> int:
+    """Write frames as one table in row groups of one size; the number of rows."""
+    schema = pl.DataFrame(schema=columns).to_arrow().schema
+    schema = schema.with_metadata({**(schema.metadata or {}), _TABLE_KEY: table.encode()})
+    waiting, n_waiting, n_rows = [], 0, 0
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
-
-        def write(rows: pa.Table) -> None:
-            # In one chunk a column: where chunks end, pages could.
-            writer.write_table(rows.combine_chunks(), row_group_size=_GROUP_ROWS)
-
         for piece in pieces:
-            held = pa.concat_tables([held, piece.to_arrow()])
-            whole = held.num_rows // _GROUP_ROWS * _GROUP_ROWS
-            for begin in range(0, whole, _GROUP_ROWS):
-                write(held.slice(begin, _GROUP_ROWS))
-            held = held.slice(whole)
-        for begin in range(0, max(held.num_rows, 1), _GROUP_ROWS):
-            write(held.slice(begin, _GROUP_ROWS))
+            waiting.append(piece)
+            n_waiting += piece.height
+            n_rows += piece.height
+            while n_waiting >= _GROUP_ROWS:
+                together = pl.concat(waiting)
+                writer.write_table(_arrow(together[:_GROUP_ROWS], schema), _GROUP_ROWS)
+                waiting, n_waiting = [together[_GROUP_ROWS:]], n_waiting - _GROUP_ROWS
+        if n_waiting:
+            writer.write_table(_arrow(pl.concat(waiting), schema), _GROUP_ROWS)
+    return n_rows
+
+
+def _arrow(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
+    return frame.to_arrow().cast(schema).combine_chunks()
 
 
 def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataFrame:

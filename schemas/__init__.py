@@ -1,7 +1,16 @@
 """What one row of each table is: Pandera (Polars) models and dtypes, nothing else."""
 
 from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema, require_validation
-from schemas.intake import InputRow, PairCandidate, PreferencePair, QuarantinedRow
+from schemas.intake import (
+    InputRow,
+    LabelCandidate,
+    PairCandidate,
+    PreferenceLabel,
+    PreferencePair,
+    QuarantinedRow,
+    RuleCount,
+    UnitCandidate,
+)
 from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
 from schemas.sequences import (
@@ -22,12 +31,15 @@ __all__ = [
     "InputRow",
     "KlSequence",
     "LabelSequence",
+    "LabelCandidate",
     "LogProb",
     "PairCandidate",
     "PairSequence",
+    "PreferenceLabel",
     "PreferencePair",
     "QuarantinedRow",
     "Reward",
+    "RuleCount",
     "Scorer",
     "Sequence",
     "Table",
@@ -35,6 +47,7 @@ __all__ = [
     "Tokenization",
     "TrainingStep",
     "UntokenizedLabel",
+    "UnitCandidate",
     "UntokenizedPair",
     "identity_fields",
     "polars_schema",

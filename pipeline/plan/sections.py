@@ -18,6 +18,8 @@ from pydantic_core import PydanticCustomError
 
 from pipeline import losses
 from pipeline.ids import content_id
+from pipeline.rules import RULES, Action, actions
+from pipeline.sources import READERS, Pairing, ReadOptions
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 """A name is a path and a Dagster key at once: lower-case letters, digits and underscores."""
@@ -35,10 +37,48 @@ class _Section(BaseModel):
 
 
 class SourceConfig(_Section):
-    """Where preference data is and what shape it has."""
+    """Where preference data is, what shape it has, and how it is to be read."""
 
-    path: Path
-    shape: Literal["conversational", "hh"]
+    path: Path | str = Field(description="File, folder, glob or URL (s3://, hf://, ...).")
+    shape: str | None = Field(default=None, description="null: found from the first rows.")
+    pairing: Pairing = Field(
+        default="best_worst", description="Which pairs are made of a ranked list."
+    )
+    min_gap: float = Field(
+        default=0.0, ge=0, description="Scores less apart than this state no preference."
+    )
+    score: str | None = Field(default=None, description="What ranks; null: the shape's own.")
+    columns: dict[str, str] = Field(
+        default={}, description="The shape's name of a field to the source's, where they differ."
+    )
+
+    @field_validator("shape")
+    @classmethod
+    def _shape_is_known(cls, shape: str | None) -> str | None:
+        if shape is not None and shape not in READERS:
+            raise ValueError(f"'{shape}' is not one of {', '.join(READERS)}")
+        return shape
+
+    @property
+    def options(self) -> ReadOptions:
+        """What a reader is told."""
+        return ReadOptions(self.pairing, self.min_gap, self.score, dict(self.columns))
+
+
+class RuleConfig(_Section):
+    """What a plan says about one rule of `pipeline.rules`; a lone word is the action."""
+
+    action: Action | None = Field(default=None, description="null: the rule's default.")
+    at_most: float | None = Field(
+        default=None, ge=0, le=1, description="A larger share of the rows fails a check."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_word_is_the_action(cls, given: Any) -> Any:
+        if given is False:  # YAML's reading of an unquoted off
+            given = "off"
+        return {"action": given} if isinstance(given, str) else given
 
 
 class TokenizationConfig(_Section):
@@ -286,6 +326,7 @@ class Plan(_Section):
     limit_pairs: int | None = Field(
         default=None, ge=1, description="Go on with this many pairs, chosen by their ids' hash."
     )
+    rules: dict[str, RuleConfig] = {}
     split: SplitConfig = SplitConfig()
     tokenization: TokenizationConfig = TokenizationConfig()
     models: dict[Name, ModelConfig] = Field(min_length=1)
@@ -335,6 +376,28 @@ class Plan(_Section):
             if both := sorted(set(left) & set(right)):
                 raise _fault(f"{section}.{both[0]}", f"names {what}; names must differ")
         return self
+
+    @model_validator(mode="after")
+    def _rules_are_known(self) -> "Plan":
+        for name, said in self.rules.items():
+            if name not in RULES:
+                raise _fault(f"rules.{name}", f"there is no such rule; rules: {', '.join(RULES)}")
+            allowed = (RULES[name].default, *RULES[name].other)
+            if said.action is not None and said.action not in allowed:
+                raise _fault(
+                    f"rules.{name}.action", f"'{said.action}' is not one of {', '.join(allowed)}"
+                )
+        return self
+
+    @property
+    def actions(self) -> dict[str, Action]:
+        """What is done under each rule."""
+        return actions({name: c.action for name, c in self.rules.items() if c.action is not None})
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The largest share of rows a rule may be met in, where there is a limit."""
+        return {name: c.at_most for name, c in self.rules.items() if c.at_most is not None}
 
     @property
     def policies(self) -> list[str]:

@@ -229,7 +229,7 @@ def sized(tag: bytes, data: bytes) -> bytes:
     return tag + struct.pack("<Q", len(data)) + data
 
 
-class Word(str, Enum):  # noqa: UP042 - str() of it is not the word
+class Word(str, Enum):  # noqa: UP042  # what is tested is a str by a second base
     ONE = "one"
 
 
