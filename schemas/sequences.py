@@ -102,7 +102,7 @@ class UntokenizedPair(Table):
     pair_id: str = pa.Field(unique=True, str_matches=ID)
     file: str
     row: int = pa.Field(ge=0)
-    byte_offset: int = pa.Field(ge=0)
+    byte_offset: int | None = pa.Field(nullable=True, ge=0)
     rule: str
     detail: str
 
@@ -114,6 +114,6 @@ class UntokenizedLabel(Table):
     label_id: str = pa.Field(unique=True, str_matches=ID)
     file: str
     row: int = pa.Field(ge=0)
-    byte_offset: int = pa.Field(ge=0)
+    byte_offset: int | None = pa.Field(nullable=True, ge=0)
     rule: str
     detail: str
