@@ -124,7 +124,7 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
             n_tokens += piece.select(pl.sum("n_prompt") + pl.sum("n_scored")).item()
             yield piece
 
-    with sorted_rows("sequence_id", polars_schema(Sequence), store.directory) as rows:
+    with sorted_rows(polars_schema(Sequence), store.directory) as rows:
         ways = pair_ways(counted_pairs(), encoder, rows.add)
         if is_published(store, "labels"):
             labels = label_ways(read_pieces(store, "labels"), encoder, rows.add)

@@ -29,7 +29,7 @@ def ours(rows: list[dict[str, Any]], tokenizer: Any) -> tuple[dict[str, float], 
         store = Store(Path(directory), "benchmark")
         clock = _Clock()
         encoder = Encoder(tokenizer, TokenizationConfig())
-        with sorted_rows("sequence_id", polars_schema(Sequence), store.directory) as sequences:
+        with sorted_rows(polars_schema(Sequence), store.directory) as sequences:
             ways = pair_ways(frame.iter_slices(1 << 13), encoder, sequences.add)
             publish(store, "pair_sequences", ways.ways, PairSequence)
             found = publish_pieces(store, "sequences", sequences.pieces(), Sequence)

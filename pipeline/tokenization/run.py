@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from pipeline.tokenization.encoder import Encoder
+from pipeline.tokenization.sorting import SEQUENCE_ORDER, distinct
 from pipeline.tokenization.tables import LABELS, PAIRS, Rows, tokenized
 from schemas import Sequence, polars_schema
 
@@ -100,4 +101,4 @@ def _ways(
 
 def _distinct(frames: list[pl.DataFrame]) -> pl.DataFrame:
     rows = pl.concat([pl.DataFrame(schema=polars_schema(Sequence)), *frames])
-    return rows.unique("sequence_id", keep="first", maintain_order=True).sort("sequence_id")
+    return distinct(rows, SEQUENCE_ORDER)

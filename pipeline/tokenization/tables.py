@@ -47,7 +47,7 @@ LABELS = Rows("label_id", ("completion",), ("sequence_id",), LabelSequence, Unto
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The tables of some rows; of equal sequences the first is kept."""
+    """The tables of some rows; a sequence may be in it twice, cut to be what it is and not."""
 
     sequences: pl.DataFrame
     ways: pl.DataFrame
@@ -105,7 +105,7 @@ def _tables(
     rows: Rows,
     tokenization_id: str,
 ) -> Tokenized:
-    sequences: dict[str, _Sequence] = {}
+    sequences: dict[tuple[str, bool], _Sequence] = {}
     ways, lost = [], []
     keys = part[rows.key].to_list()
     for row, (prompt, said) in enumerate(found):
@@ -118,7 +118,7 @@ def _tables(
             lost.append({"tokenization_id": tokenization_id, **kept, **why})
             continue
         for sequence in made:
-            sequences.setdefault(sequence.identifier, sequence)
+            sequences.setdefault((sequence.identifier, sequence.truncated), sequence)
         ways.append(
             (
                 tokenization_id,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokens import ids, load
+from tokens import load
 
 from pipeline.plan import TokenizationConfig
 from pipeline.tokenization import Encoder, control_strings
@@ -108,11 +108,12 @@ NAMES = [
     "tokens that take spaces",
     "tokens after the normaliser",
 ]
-PIECES = (
-    ["<|im_start|>", "<|im_end|>", "<|im_", "end|>", "<|", "<x>", "<", ">", "assistant", "\n", "\n\n"]
-    + [" ", "  ", "\t", "t", "th", "he", "the", " the", "there ", "'s", "'", "l", "don't", "a", "aa"]
-    + ["1", "12", "345", "...", ". ", "\r\n", "e", "\u0301", "é", "😀", "日本", "\u00a0", "word word "]
-)  # fmt: skip
+PIECES = [
+    *["<|im_start|>", "<|im_end|>", "<|im_", "end|>", "<|", "<x>", "<", ">", "assistant", "\n"],
+    *["\n\n", " ", "  ", "\t", "t", "th", "he", "the", " the", "there ", "'s", "'", "l", "don't"],
+    *["a", "aa", "1", "12", "345", "...", ". ", "\r\n", "e", "\u0301", "é", "😀", "日本", "\u00a0"],
+    *["word word ", "asked what", " it depends on"],
+]
 
 
 def encoder_of(tokenizer: Any) -> Encoder:
@@ -132,13 +133,14 @@ def test_a_few_characters_decide_as_the_whole_does(name: str) -> None:
     def text() -> str:
         return "".join(draw.choices(PIECES, k=draw.randint(0, 6)))
 
-    texts, expected = [], []
-    for _ in range(2000):
-        header = draw.choice(["", "<|im_start|>assistant\n", "<|im_start|>"])
-        prompt, completion = text() + header + text(), text()
-        separate = ids(tokenizer, prompt) + ids(tokenizer, completion)
-        texts.append((prompt, completion))
-        expected.append(ids(tokenizer, prompt + completion) != separate)
+    headers = ["", "<|im_start|>assistant\n", "<|im_start|>"]
+    texts = [(text() + draw.choice(headers) + text(), text()) for _ in range(2000)]
+    whole = [prompt + completion for prompt, completion in texts]
+    prompts, completions, joint = (
+        [e.ids for e in tokenizer.backend_tokenizer.encode_batch(part, add_special_tokens=False)]
+        for part in (*zip(*texts, strict=True), whole)
+    )
+    expected = [p + c != j for p, c, j in zip(prompts, completions, joint, strict=True)]
     assert encoder.merges(texts) == expected
     assert 50 < sum(expected) < 1950, "the control: both kinds were met"
 

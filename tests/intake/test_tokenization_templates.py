@@ -97,7 +97,8 @@ def test_the_settings_matter(tokenizer: Any) -> None:
 # What they cannot do
 
 HOSTILE = {
-    "endless loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "endless loops": "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}"
+    "{% endfor %}{% endfor %}",
     "a long text": "{{ 'a' * 200000000 }}",
     "text by doubling": "{% set n = namespace(s='ab') %}"
     "{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
@@ -115,7 +116,7 @@ HOSTILE = {
     "many words": "{{ lipsum(n=100000) }}",
     "a wide indent": "{{ ('a\n' * 99999) | indent(99999) }}",
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    "deep lists": "{% set x = " + "[" * 90 + "1" + "]" * 90 + " %}{{ x }}" + "{{ x" + "[0]" * 9999 + "}}",
+    "deep lists": "{% set x = " + "[" * 90 + "]" * 90 + " %}{{ x" + "[0]" * 9999 + "}}",
     "the class of a text": "{{ ''.__class__.__mro__[1].__subclasses__()[0] }}",
     "lipsum's globals": "{{ lipsum.__globals__['os'].popen('id').read() }}",
     "cycler's globals": "{{ cycler.__init__.__globals__.os.system('kill -9 $PPID') }}",
@@ -144,11 +145,13 @@ def test_a_hostile_template_is_an_error(tokenizer: Any, name: str) -> None:
     try:
         tables = tokenize(tokenizer, pair("q"), pair("r"))
     except ModelError as error:
-        assert "chat template" in str(error)
-        assert len(str(error)) < 700
+        refused = str(error)
     else:
+        refused = "chat template"
         assert tables.untokenized["rule"].to_list() == ["template_failed"] * 2
         assert tables.untokenized["detail"].str.len_chars().is_between(5, 600).all()
+    assert "chat template" in refused
+    assert len(refused) < 700
     assert resident() < before + 100, "it cannot fill this process either"
 
 
@@ -330,7 +333,7 @@ def test_a_doubled_begin_of_sequence_is_refused(tiny_model: Path) -> None:
         CHATML + "{{ bos_token + bos_token }}",
     ):
         tokenizer.chat_template = template
-        with pytest.raises(ModelError, match="'<|endoftext|>' twice in a row"):
+        with pytest.raises(ModelError, match=r"'<\|endoftext\|>' twice in a row"):
             Encoder(tokenizer, TokenizationConfig())
     # One token that begins and ends: two of them part turns, and only a doubled begin is wrong.
     tokenizer.eos_token = tokenizer.bos_token
