@@ -133,6 +133,28 @@ def read(store: Store, name: str) -> pl.DataFrame:
     return read_snapshot(current_snapshot(store, name).path, name.partition("/")[0])
 
 
+def is_published(store: Store, name: str) -> bool:
+    """Whether table `name` has ever been published."""
+    return store.current(name).is_symlink()
+
+
+def read_pieces(
+    store: Store, name: str, columns: list[str] | None = None, n_rows: int = 1 << 13
+) -> Iterator[pl.DataFrame]:
+    """The current snapshot of table `name`, verified; `n_rows` at a time, all columns or some.
+
+    Raises:
+        StoreError: there is none, or its bytes are not those that were published.
+    """
+    path = current_snapshot(store, name).path
+    _verify_table(path, name.partition("/")[0])
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(n_rows, columns=columns):
+            frame = pl.from_arrow(pa.Table.from_batches([batch]))
+            assert isinstance(frame, pl.DataFrame)
+            yield frame
+
+
 def current_snapshot(store: Store, name: str, suffix: str = ".parquet") -> Snapshot:
     """The current snapshot of a table or file, without reading it.
 
@@ -200,11 +222,15 @@ def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataF
     Raises:
         StoreError: missing, damaged, or another table's file.
     """
+    _verify_table(path, table, digest)
+    return pl.read_parquet(path, glob=False, hive_partitioning=False)
+
+
+def _verify_table(path: Path, table: str, digest: str | None = None) -> None:
     verify(path, digest or path.name.partition(".")[0])
     found = (pq.read_schema(path).metadata or {}).get(_TABLE_KEY, b"?").decode()
     if found != table:
         raise StoreError(f"{path}: is a '{found}' table, not '{table}'")
-    return pl.read_parquet(path, glob=False, hive_partitioning=False)
 
 
 def verify(path: Path, digest: str, n_bytes: int | None = None) -> None:

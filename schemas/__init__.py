@@ -15,9 +15,11 @@ from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
 from schemas.sequences import (
     KlSequence,
+    LabelSequence,
     PairSequence,
     Sequence,
     Tokenization,
+    UntokenizedLabel,
     UntokenizedPair,
 )
 from schemas.training import TrainingStep
@@ -29,6 +31,7 @@ __all__ = [
     "InputRow",
     "KlSequence",
     "LabelCandidate",
+    "LabelSequence",
     "LogProb",
     "PairCandidate",
     "PairSequence",
@@ -44,6 +47,7 @@ __all__ = [
     "Tokenization",
     "TrainingStep",
     "UnitCandidate",
+    "UntokenizedLabel",
     "UntokenizedPair",
     "identity_fields",
     "polars_schema",
