@@ -7,7 +7,7 @@ published piece by piece. Ids and disposition of a row stay in memory, some 40 b
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from pipeline.intake.rows.units import LABEL, PAIR
 from pipeline.intake.sources import raw_rows, shape_of_source
 from pipeline.intake.spool import BUCKETS, read_parts
 from pipeline.plan import Plan
-from pipeline.rules import RULES
+from pipeline.rules import INTAKE, rule_table
 from pipeline.sources import RawRow
 from pipeline.store import Store, TableSnapshot, publish, publish_pieces
 from schemas import (
@@ -126,13 +126,13 @@ def _run(plan: Plan, store: Store, spool: Path) -> IntakeResult:
     by_rule = Counter(rejected["rule"].to_list())
     by_rule["duplicate"] = sum(n for (_, fate), n in counts.fates.items() if fate == "merged")
     by_rule["byte_order_mark"] = sum(chunk.n_byte_order_marks for chunk in read)
-    rules = _rule_counts(plan, by_rule + flags, sum(n_read.values()))
+    rules = rule_table(INTAKE, by_rule + flags, sum(n_read.values()), plan.actions, plan.limits)
     result = IntakeResult(
         pairs=pairs,
         labels=labels,
         rows=rows,
         quarantine=quarantine,
-        rule_counts=publish(store, "rule_counts", rules, RuleCount),
+        rule_counts=publish(store, "rule_counts/intake", rules, RuleCount),
         law=row_law(counts.fates, n_read, counts.votes),
         rules=rules,
         examples=examples.frame(),
@@ -299,28 +299,6 @@ class _Examples:
         return (
             together.group_by("rule", maintain_order=True).head(_EXAMPLES).select(together.columns)
         )
-
-
-def _rule_counts(plan: Plan, counted: Mapping[str, int], n_rows: int) -> pl.DataFrame:
-    """How often every rule of the intake was met, as `schemas.RuleCount`."""
-    acts = plan.actions
-    table = []
-    for rule in RULES.values():
-        if rule.stage in ("read", "contract", "prompt"):
-            n = counted.get(rule.name, 0)
-            share, limit = n / max(1, n_rows), plan.limits.get(rule.name)
-            table.append(
-                {
-                    "rule": rule.name,
-                    "version": rule.version,
-                    "action": acts[rule.name],
-                    "n": n,
-                    "share": share,
-                    "at_most": limit,
-                    "holds": limit is None or share <= limit,
-                }
-            )
-    return pl.DataFrame(table, schema=polars_schema(RuleCount))
 
 
 def _units(spool: Path, number: int) -> Path:

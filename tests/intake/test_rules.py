@@ -21,7 +21,7 @@ from pipeline.intake.prompts.near import (
     word_grams,
 )
 from pipeline.intake.rows.units import unit_frame
-from pipeline.rules import ACTIONS, RULES, rules_page
+from pipeline.rules import ACTIONS, INTAKE, RULES, rules_page
 from pipeline.sources import Candidate, ReadOptions, Unit, pair
 from pipeline.sources.base import Message
 from pipeline.store import read
@@ -332,15 +332,14 @@ def test_every_rule_is_counted_and_can_be_limited(desk: Desk) -> None:
     desk.write("s.jsonl", b"\xef\xbb\xbf" + lines(*rows, rows[0], row("z", "same", "same"), b"bad"))
     limits = {"invalid_json": {"at_most": 0.1}, "identical_replies": {"at_most": 0.05}}
     result = desk.run("s", rules=limits)
-    counted = {r["rule"]: r for r in read(desk.store, "rule_counts").to_dicts()}
+    counted = {r["rule"]: r for r in read(desk.store, "rule_counts/intake").to_dicts()}
     n = {rule: entry["n"] for rule, entry in counted.items() if entry["n"]}
     assert n == {
         "invalid_json": 1, "identical_replies": 1, "duplicate": 1, "byte_order_mark": 1,
     }  # fmt: skip
     assert counted["invalid_json"]["share"] == pytest.approx(0.1)
     assert result.rules.filter(~pl.col("holds"))["rule"].to_list() == ["identical_replies"]
-    stages = ("read", "contract", "prompt")
-    assert counted.keys() == {rule.name for rule in RULES.values() if rule.stage in stages}
+    assert counted.keys() == {rule.name for rule in RULES.values() if rule.stage in INTAKE}
 
 
 def test_examples_are_the_first_five_of_each_rule(desk: Desk) -> None:

@@ -18,7 +18,7 @@ from assets.cli import main
 from assets.definitions import defs, plan_definitions, plan_files
 from pipeline.names import store_of
 from pipeline.plan import load_plan
-from pipeline.rules import RULES
+from pipeline.rules import INTAKE, RULES
 from pipeline.store import current_snapshot, read
 
 WritePlan = Any
@@ -159,8 +159,7 @@ def test_rules_are_counted_over_time_and_shown_by_escaped_examples(
     counts = [event.metadata["rule/invalid_json"].value for event in seen if event is not None]
     assert counts == [0, 7, 12]
     names = {name for event in seen if event for name in event.metadata if name.startswith("rule/")}
-    stages = ("read", "contract", "prompt")
-    assert names == {f"rule/{rule.name}" for rule in RULES.values() if rule.stage in stages}
+    assert names == {f"rule/{rule.name}" for rule in RULES.values() if rule.stage in INTAKE}
     assert seen[1] is not None
     examples = str(seen[1].metadata["examples"].value).splitlines()
     assert len(examples) == 2 + 5
