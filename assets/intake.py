@@ -5,16 +5,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import dagster as dg
+import polars as pl
 
-from assets.metadata import column_schema, counts_markdown, table_metadata
+from assets.metadata import column_schema, counts_markdown, examples_markdown, table_metadata
 from assets.resources import opened, resource_key, tag_run
 from pipeline import stages
 from pipeline.errors import SourceError
-from pipeline.intake import run_intake, sources_digest
-from pipeline.intake.validate import prompts_in_two_splits
+from pipeline.intake import IntakeResult, run_intake, sources_digest
 from pipeline.plan import Plan
-from pipeline.store import read
-from schemas import PreferencePair, QuarantinedRow, Sequence
+from schemas import PreferenceLabel, PreferencePair, QuarantinedRow, Sequence, Table
 
 GROUP = "intake"
 
@@ -57,33 +56,41 @@ def raw_preferences(plan: Plan) -> dg.AssetsDefinition:
 
 
 def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
-    """One asset for the valid pairs and one for the rejected rows, made by one step."""
+    """Assets for the valid pairs, the labels and the rejected rows, made by one step."""
     raw = dg.AssetKey([plan.name, "raw_preferences"])
     pairs = dg.AssetKey([plan.name, "preference_pairs"])
+    labels = dg.AssetKey([plan.name, "preference_labels"])
     quarantine = dg.AssetKey([plan.name, "quarantined_rows"])
+    said: tuple[tuple[dg.AssetKey, str, type[Table]], ...] = (
+        (pairs, "One row is a distinct valid preference pair.", PreferencePair),
+        (labels, "One row is a distinct valid labelled completion.", PreferenceLabel),
+        (
+            quarantine,
+            "One row is an input row that was rejected, with the rule it broke.",
+            QuarantinedRow,
+        ),
+    )
 
     @dg.multi_asset(
         name=f"{plan.name}_intake",
         specs=[
             dg.AssetSpec(
-                pairs,
+                key,
                 deps=[raw],
-                description="One row is a distinct valid preference pair.",
+                description=description,
                 kinds={"polars", "parquet"},
-                metadata={"dagster/column_schema": column_schema(PreferencePair)},
-            ),
-            dg.AssetSpec(
-                quarantine,
-                deps=[raw],
-                description="One row is an input row that was rejected, with the rule it broke.",
-                kinds={"polars", "parquet"},
-                metadata={"dagster/column_schema": column_schema(QuarantinedRow)},
-            ),
+                metadata={"dagster/column_schema": column_schema(model)},
+            )
+            for key, description, model in said
         ],
         group_name=GROUP,
         check_specs=[
             dg.AssetCheckSpec("every_row_is_accounted_for", asset=pairs, blocking=True),
             dg.AssetCheckSpec("no_prompt_is_in_two_splits", asset=pairs, blocking=True),
+            dg.AssetCheckSpec(
+                "no_training_prompt_is_near_an_evaluated_one", asset=pairs, blocking=True
+            ),
+            dg.AssetCheckSpec("rules_stay_within_their_limits", asset=quarantine, blocking=True),
         ],
         required_resource_keys={resource_key(plan.name)},
     )
@@ -101,22 +108,12 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                 **{f"pairs_{split}": n for split, n in result.pairs_by_split.items()},
                 "flags": counts_markdown(result.flags, "no pair is flagged"),
             },
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name="every_row_is_accounted_for",
-                    passed=result.law["holds"].all(),
-                    metadata={
-                        f"{row['source']}_{column}": row[column]
-                        for row in result.law.to_dicts()
-                        for column in ("n_in", "n_accepted", "n_merged", "n_quarantined")
-                    },
-                ),
-                dg.AssetCheckResult(
-                    check_name="no_prompt_is_in_two_splits",
-                    passed=not (leaked := prompts_in_two_splits(read(store, "pairs"))),
-                    metadata={"prompts": leaked},
-                ),
-            ],
+            check_results=_pair_checks(pairs, run_plan, result),
+        )
+        yield dg.MaterializeResult(
+            asset_key=labels,
+            data_version=dg.DataVersion(result.labels.digest),
+            metadata=table_metadata(result.labels, "labels"),
         )
         yield dg.MaterializeResult(
             asset_key=quarantine,
@@ -124,10 +121,59 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
             metadata={
                 **table_metadata(result.quarantine, "quarantine"),
                 "by_rule": counts_markdown(result.quarantined_by_rule, "nothing was quarantined"),
+                "examples": examples_markdown(result.examples, "nothing was quarantined"),
+                # A number each, and always all of them, so that Dagster draws them over time.
+                **{f"rule/{row['rule']}": row["n"] for row in result.rules.to_dicts()},
             },
+            check_results=[_limits_check(quarantine, result)],
         )
 
     return intake
+
+
+def _pair_checks(key: dg.AssetKey, plan: Plan, result: IntakeResult) -> list[dg.AssetCheckResult]:
+    flagged = plan.actions["near_eval"] == "flag"  # who says so wants to train on them all the same
+    return [
+        dg.AssetCheckResult(
+            asset_key=key,
+            check_name="every_row_is_accounted_for",
+            passed=result.law["holds"].all(),
+            metadata={
+                f"{row['source']}_{column}": row[column]
+                for row in result.law.to_dicts()
+                for column in ("n_in", "n_accepted", "n_merged", "n_quarantined")
+            },
+        ),
+        dg.AssetCheckResult(
+            asset_key=key,
+            check_name="no_prompt_is_in_two_splits",
+            passed=result.prompts_in_two_splits == 0,
+            metadata={"prompts": result.prompts_in_two_splits},
+        ),
+        dg.AssetCheckResult(
+            asset_key=key,
+            check_name="no_training_prompt_is_near_an_evaluated_one",
+            passed=result.trained_near_eval == 0,
+            severity=dg.AssetCheckSeverity.WARN if flagged else dg.AssetCheckSeverity.ERROR,
+            metadata={
+                "trained_on_all_the_same": result.trained_near_eval,
+                "action": plan.actions["near_eval"],
+            },
+        ),
+    ]
+
+
+def _limits_check(key: dg.AssetKey, result: IntakeResult) -> dg.AssetCheckResult:
+    limited = result.rules.filter(pl.col("at_most").is_not_null())
+    return dg.AssetCheckResult(
+        asset_key=key,
+        check_name="rules_stay_within_their_limits",
+        passed=limited["holds"].all(),
+        metadata={
+            row["rule"]: f"{row['share']:.4f} of the rows, at most {row['at_most']:g}"
+            for row in limited.to_dicts()
+        },
+    )
 
 
 def sequences(plan: Plan) -> dg.AssetsDefinition:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
+import polars as pl
 
 from pipeline.store import TableSnapshot
 from schemas import Table
@@ -42,6 +43,33 @@ def counts_markdown(counts: Mapping[str, int], empty: str) -> dg.MarkdownMetadat
     """Counts by name as a Markdown table; the names are ours, never data's."""
     lines = [f"| {name} | {count} |" for name, count in counts.items()]
     return dg.MetadataValue.md("\n".join(["| | n |", "|---|---|", *lines]) if lines else empty)
+
+
+def examples_markdown(rows: pl.DataFrame, empty: str) -> dg.MarkdownMetadataValue:
+    """Quarantined rows (`schemas.QuarantinedRow`) as a Markdown table, their text as text."""
+    lines = [
+        f"| {row['rule']} | {escaped(row['source'])} {escaped(row['file'])} {row['row']} "
+        f"| {escaped(row['detail'])} | {escaped(row['raw'])} |"
+        for row in rows.to_dicts()
+    ]
+    head = ["| rule | row | detail | it begins |", "|---|---|---|---|"]
+    return dg.MetadataValue.md("\n".join([*head, *lines]) if lines else empty)
+
+
+def escaped(text: str, most: int = 200) -> str:
+    """The beginning of any text as Markdown that shows just this text, on one line.
+
+    Characters that cannot be seen, or that turn others round, are shown by their numbers.
+    """
+
+    def shown(character: str) -> str:
+        if character.isalnum() or character == " ":
+            return character
+        if character.isascii() and character.isprintable():
+            return f"&#{ord(character)};"
+        return character if character.isprintable() else f"&#92;u{ord(character):04x}"
+
+    return "".join(map(shown, text[:most])) + ("…" if len(text) > most else "")
 
 
 def png_markdown(png: bytes, alternative: str) -> dg.MarkdownMetadataValue:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from time import perf_counter
 
-from pipeline.intake.run import source_files
+from pipeline.intake.sources import raw_rows, shape_of_source
 from pipeline.models import ModelSize, model_size
 from pipeline.plan import ModelConfig, Plan, SourceConfig
 from pipeline.processes import threads_of
 from pipeline.scoring.engines import engine_of
 from pipeline.scoring.engines.torch_engine import found_device_class
-from pipeline.sources import READERS, RowError, Unit, frame_rows, parse_object
+from pipeline.sources import READERS, Candidate, RawRow, Reader, RowError, Unit, parse_row
 
 _SAMPLE_ROWS = 200
 _CHARACTERS_PER_TOKEN = 4.0
@@ -138,27 +138,35 @@ def _passes(plan: Plan, n_pairs: int) -> Iterator[_Pass]:
 
 
 def _measure(plan: Plan) -> tuple[int, float, float]:
-    """Rows of all sources, and tokens of a prompt and of a reply, the mean of the first ones."""
-    n_rows = 0
+    """Pairs of all sources, and tokens of a prompt and of a reply, by their first rows."""
+    n_pairs = 0.0
     prompts: list[int] = []
     replies: list[int] = []
     for name, config in {**plan.sources, **plan.evaluation}.items():
-        for _, path in source_files(name, config):
-            for raw in frame_rows(path):
-                n_rows += 1
-                if len(prompts) < _SAMPLE_ROWS:
-                    for unit in _units(config, raw.data):
-                        prompts.append(sum(len(message["content"]) for message in unit.prompt))
-                        replies += [len(unit.chosen), len(unit.rejected)]
+        reader = READERS[shape_of_source(name, config)]
+        n_rows = n_sampled = 0
+        n_units = 0.0
+        for _, raw in raw_rows(name, config):
+            n_rows += 1
+            if n_rows > _SAMPLE_ROWS:
+                continue
+            n_sampled += 1
+            for unit in _units(reader, raw, config):
+                said = [unit.chosen, unit.rejected] if isinstance(unit, Unit) else [unit.completion]
+                prompts.append(sum(len(message["content"]) for message in unit.prompt))
+                replies += map(len, said)
+                n_units += len(said) / 2  # of rivals in rows of their own, two make a pair
+        n_pairs += n_rows * (n_units / n_sampled if n_sampled else 0.0)
     prompt, reply = (fmean(n) / _CHARACTERS_PER_TOKEN if n else 0.0 for n in (prompts, replies))
-    return n_rows, prompt + _TEMPLATE_TOKENS, reply
+    return round(n_pairs), prompt + _TEMPLATE_TOKENS, reply
 
 
-def _units(config: SourceConfig, row: bytes) -> list[Unit]:
+def _units(reader: Reader, row: RawRow, config: SourceConfig) -> list[Unit | Candidate]:
     try:
-        return READERS[config.shape](parse_object(row))
+        read = reader(parse_row(row), config.options)
     except RowError:
         return []
+    return [unit for unit in read if isinstance(unit, Unit | Candidate)]
 
 
 def _multiply_adds_per_second(n_threads: int) -> float:

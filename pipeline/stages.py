@@ -6,6 +6,7 @@ can run again: what is there already is not computed twice.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,16 +28,26 @@ from pipeline.store import (
     Store,
     TableSnapshot,
     current_snapshot,
+    is_published,
     publish,
     publish_file,
+    publish_pieces,
     read,
+    read_pieces,
 )
-from pipeline.tokenization import Encoder, require_same_tokenizer, tokenize_pairs
+from pipeline.tokenization import (
+    Encoder,
+    label_ways,
+    pair_ways,
+    require_same_tokenizer,
+    sorted_rows,
+)
 from pipeline.training.kl_rows import kl_rows
 from pipeline.training.objective import train_objective
 from pipeline.training.policy import PolicyResult
 from schemas import (
     KlSequence,
+    LabelSequence,
     LossLandscape,
     PairSequence,
     Reward,
@@ -44,6 +55,7 @@ from schemas import (
     Sequence,
     Tokenization,
     TrainingStep,
+    UntokenizedLabel,
     UntokenizedPair,
     polars_schema,
 )
@@ -107,14 +119,34 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     }
     require_same_tokenizer(tokenizers)
     encoder = Encoder(next(iter(tokenizers.values())), plan.tokenization)
-    pairs = _limited(read(store, "pairs"), plan.limit_pairs)
-    tables = tokenize_pairs(pairs, encoder)
-    publish(store, "tokenizations", tables.tokenization, Tokenization)
+    identity = encoder.identity()
+    publish(store, "tokenizations", identity, Tokenization)
+    n_pairs = n_tokens = 0
+
+    def counted_pairs() -> Iterator[pl.DataFrame]:
+        nonlocal n_pairs
+        for piece in _limited_pieces(store, plan.limit_pairs):
+            n_pairs += piece.height
+            yield piece
+
+    def counted(pieces: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        nonlocal n_tokens
+        for piece in pieces:
+            n_tokens += piece.select(pl.sum("n_prompt") + pl.sum("n_scored")).item()
+            yield piece
+
+    with sorted_rows(polars_schema(Sequence), store.directory) as rows:
+        ways = pair_ways(counted_pairs(), encoder, rows.add)
+        if is_published(store, "labels"):
+            labels = label_ways(read_pieces(store, "labels"), encoder, rows.add)
+            publish(store, "label_sequences", labels.ways, LabelSequence)
+            publish(store, "untokenized_labels", labels.untokenized, UntokenizedLabel)
+        sequences = publish_pieces(store, "sequences", counted(rows.pieces()), Sequence)
     kl = {
         name: kl_rows(
-            pairs,
-            tables.pair_sequences,
-            tables.sequences,
+            read(store, "pairs"),
+            ways.ways,
+            read(store, "sequences"),
             partner=objective.kl_partner,
             training=plan.training,
             max_length=plan.tokenization.max_length,
@@ -124,15 +156,15 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     }
     for name, table in kl.items():
         publish(store, f"kl_sequences/{name}", table, KlSequence)
-    rules = tables.untokenized["rule"].value_counts().sort("rule")
+    rules = ways.untokenized["rule"].value_counts().sort("rule")
     return TokenizeResult(
-        n_pairs=pairs.height,
-        sequences=publish(store, "sequences", tables.sequences, Sequence),
-        pair_sequences=publish(store, "pair_sequences", tables.pair_sequences, PairSequence),
-        untokenized=publish(store, "untokenized_pairs", tables.untokenized, UntokenizedPair),
-        tokenization_id=tables.tokenization["tokenization_id"][0],
-        n_tokens=tables.sequences.select(pl.sum("n_prompt") + pl.sum("n_scored")).item(),
-        n_boundary_merges=tables.pair_sequences.filter("boundary_merge").height,
+        n_pairs=n_pairs,
+        sequences=sequences,
+        pair_sequences=publish(store, "pair_sequences", ways.ways, PairSequence),
+        untokenized=publish(store, "untokenized_pairs", ways.untokenized, UntokenizedPair),
+        tokenization_id=identity["tokenization_id"][0],
+        n_tokens=n_tokens,
+        n_boundary_merges=ways.ways.filter("boundary_merge").height,
         untokenized_by_rule=dict(rules.iter_rows()),
         kl_rows={name: table.height for name, table in kl.items()},
     )
@@ -319,8 +351,21 @@ def _limited(pairs: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     """At most `limit` pairs, always the same ones, whatever else is in the table."""
     if limit is None or pairs.height <= limit:
         return pairs
-    kept = sorted(pairs["pair_id"], key=partial(unit_interval, salt="limit"))[:limit]
-    return pairs.filter(pl.col("pair_id").is_in(kept))
+    return pairs.filter(pl.col("pair_id").is_in(_kept(pairs["pair_id"], limit)))
+
+
+def _limited_pieces(store: Store, limit: int | None) -> Iterator[pl.DataFrame]:
+    """The same pairs, some at a time."""
+    kept = None
+    if limit is not None:
+        ids = [piece["pair_id"] for piece in read_pieces(store, "pairs", columns=["pair_id"])]
+        kept = _kept(pl.concat([pl.Series("pair_id", [], pl.String), *ids]), limit)
+    for piece in read_pieces(store, "pairs"):
+        yield piece if kept is None else piece.filter(pl.col("pair_id").is_in(kept))
+
+
+def _kept(ids: pl.Series, limit: int) -> list[str]:
+    return sorted(ids, key=partial(unit_interval, salt="limit"))[:limit]
 
 
 def _noise_floor(*keys: ScorerKey) -> float | None:

@@ -8,19 +8,21 @@ Readers verify size and hash before parsing: Polars does not check Parquet's own
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import blake3
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError
-from schemas import Table, require_validation
+from schemas import Table, polars_schema, require_validation
 
 _TABLE_KEY = b"logratio.table"
+_GROUP_ROWS = 1 << 16
 _verified: set[tuple[str, int, int, int, int]] = set()
 
 
@@ -91,6 +93,30 @@ def publish(store: Store, name: str, frame: pl.DataFrame, model: type[Table]) ->
     return TableSnapshot(snapshot.path, snapshot.digest, snapshot.n_bytes, frame.height)
 
 
+def publish_pieces(
+    store: Store, name: str, pieces: Iterable[pl.DataFrame], model: type[Table]
+) -> TableSnapshot:
+    """`publish`, of a table that comes in pieces and never is in memory as a whole.
+
+    Each piece is validated by itself: what a column promises over all rows (`unique`) the caller
+    must see to. Equal rows give equal bytes, however they are cut.
+
+    Raises:
+        pandera.errors.SchemaErrors: a piece breaks the table's contract.
+        StoreError: a value is NaN or infinite, or the disk failed.
+    """
+    n_rows = 0
+
+    def write(sink: BinaryIO) -> None:
+        nonlocal n_rows
+        checked_pieces = (checked(name, piece, model) for piece in pieces)
+        n_rows = _write_pieces(sink, checked_pieces, polars_schema(model), name.partition("/")[0])
+
+    snapshot = commit(store.directory / name, write, ".parquet")
+    move_pointer(store.current(name), snapshot.path)
+    return TableSnapshot(snapshot.path, snapshot.digest, snapshot.n_bytes, n_rows)
+
+
 def publish_file(store: Store, name: str, content: bytes, suffix: str) -> Snapshot:
     """Make `content` the current snapshot of file `name`, in the same way as a table."""
     snapshot = commit(store.directory / name, lambda sink: sink.write(content), suffix)
@@ -105,6 +131,28 @@ def read(store: Store, name: str) -> pl.DataFrame:
         StoreError: there is none, or its bytes are not those that were published.
     """
     return read_snapshot(current_snapshot(store, name).path, name.partition("/")[0])
+
+
+def is_published(store: Store, name: str) -> bool:
+    """Whether table `name` has ever been published."""
+    return store.current(name).is_symlink()
+
+
+def read_pieces(
+    store: Store, name: str, columns: list[str] | None = None, n_rows: int = 1 << 13
+) -> Iterator[pl.DataFrame]:
+    """The current snapshot of table `name`, verified; `n_rows` at a time, all columns or some.
+
+    Raises:
+        StoreError: there is none, or its bytes are not those that were published.
+    """
+    path = current_snapshot(store, name).path
+    _verify_table(path, name.partition("/")[0])
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(n_rows, columns=columns):
+            frame = pl.from_arrow(pa.Table.from_batches([batch]))
+            assert isinstance(frame, pl.DataFrame)
+            yield frame
 
 
 def current_snapshot(store: Store, name: str, suffix: str = ".parquet") -> Snapshot:
@@ -140,15 +188,32 @@ def checked(name: str, frame: pl.DataFrame, model: type[Table]) -> pl.DataFrame:
 
 def write_parquet(sink: BinaryIO, frame: pl.DataFrame, table: str) -> None:
     """Write a frame as Parquet with the table's name in the footer (catches swapped files)."""
-    arrow = frame.to_arrow()
-    metadata = {**(arrow.schema.metadata or {}), _TABLE_KEY: table.encode()}
-    pq.write_table(
-        arrow.replace_schema_metadata(metadata),
-        sink,
-        compression="zstd",
-        write_page_checksum=True,
-        row_group_size=1 << 16,
-    )
+    _write_pieces(sink, [frame], frame.schema, table)
+
+
+def _write_pieces(
+    sink: BinaryIO, pieces: Iterable[pl.DataFrame], columns: pl.Schema, table: str
+) -> int:
+    """Write frames as one table in row groups of one size; the number of rows."""
+    schema = pl.DataFrame(schema=columns).to_arrow().schema
+    schema = schema.with_metadata({**(schema.metadata or {}), _TABLE_KEY: table.encode()})
+    waiting, n_waiting, n_rows = [], 0, 0
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        for piece in pieces:
+            waiting.append(piece)
+            n_waiting += piece.height
+            n_rows += piece.height
+            while n_waiting >= _GROUP_ROWS:
+                together = pl.concat(waiting)
+                writer.write_table(_arrow(together[:_GROUP_ROWS], schema), _GROUP_ROWS)
+                waiting, n_waiting = [together[_GROUP_ROWS:]], n_waiting - _GROUP_ROWS
+        if n_waiting:
+            writer.write_table(_arrow(pl.concat(waiting), schema), _GROUP_ROWS)
+    return n_rows
+
+
+def _arrow(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
+    return frame.to_arrow().cast(schema).combine_chunks()
 
 
 def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataFrame:
@@ -157,11 +222,15 @@ def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataF
     Raises:
         StoreError: missing, damaged, or another table's file.
     """
+    _verify_table(path, table, digest)
+    return pl.read_parquet(path, glob=False, hive_partitioning=False)
+
+
+def _verify_table(path: Path, table: str, digest: str | None = None) -> None:
     verify(path, digest or path.name.partition(".")[0])
     found = (pq.read_schema(path).metadata or {}).get(_TABLE_KEY, b"?").decode()
     if found != table:
         raise StoreError(f"{path}: is a '{found}' table, not '{table}'")
-    return pl.read_parquet(path, glob=False, hive_partitioning=False)
 
 
 def verify(path: Path, digest: str, n_bytes: int | None = None) -> None:

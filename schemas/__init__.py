@@ -1,15 +1,26 @@
 """What one row of each table is: Pandera (Polars) models and dtypes, nothing else."""
 
 from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema, require_validation
-from schemas.intake import InputRow, PairCandidate, PreferencePair, QuarantinedRow
+from schemas.intake import (
+    InputRow,
+    LabelCandidate,
+    PairCandidate,
+    PreferenceLabel,
+    PreferencePair,
+    QuarantinedRow,
+    RuleCount,
+    UnitCandidate,
+)
 from schemas.landscape import LossLandscape
 from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
 from schemas.sequences import (
     KlSequence,
+    LabelSequence,
     PairSequence,
     Sequence,
     Tokenization,
+    UntokenizedLabel,
     UntokenizedPair,
 )
 from schemas.training import TrainingStep
@@ -20,19 +31,25 @@ __all__ = [
     "TOKEN_IDS",
     "InputRow",
     "KlSequence",
+    "LabelCandidate",
+    "LabelSequence",
     "LogProb",
     "LossLandscape",
     "PairCandidate",
     "PairSequence",
+    "PreferenceLabel",
     "PreferencePair",
     "QuarantinedRow",
     "Reward",
+    "RuleCount",
     "Scorer",
     "Sequence",
     "Table",
     "TokenLogProb",
     "Tokenization",
     "TrainingStep",
+    "UnitCandidate",
+    "UntokenizedLabel",
     "UntokenizedPair",
     "identity_fields",
     "polars_schema",

@@ -9,7 +9,7 @@ from pandera.api.polars.types import PolarsData
 from schemas.base import ID, MESSAGES, Table
 
 DISPOSITIONS = ["accepted", "merged", "quarantined"]
-SPLITS = ["train", "test", "evaluation"]
+SPLITS = ["train", "test", "evaluation", "left_out"]
 ROLES = ["system", "user", "assistant"]
 
 
@@ -19,19 +19,27 @@ class InputRow(Table):
     source: str = pa.Field(description="Name of the source in the plan.")
     file: str = pa.Field(description="File the row stands in, as the plan names it.")
     row: int = pa.Field(ge=0, description="Row number in the file, from 0.")
-    byte_offset: int = pa.Field(
-        ge=0, description="Where the row begins in the uncompressed file, in bytes."
+    byte_offset: int | None = pa.Field(
+        nullable=True,
+        ge=0,
+        description="Where the row begins in the uncompressed file, in bytes; null for formats "
+        "whose rows have no bytes of their own (Parquet, Arrow).",
     )
     disposition: str = pa.Field(
         isin=DISPOSITIONS,
         description="accepted; merged (the same pair was read before); quarantined.",
     )
-    n_units: int = pa.Field(ge=0, description="Preference pairs read from the row.")
+    n_units: int = pa.Field(
+        ge=0,
+        description="Preference pairs and labels read from the row. A pair of two rows (rivals "
+        "under one prompt) is counted at its chosen one.",
+    )
     pair_id: str | None = pa.Field(
         nullable=True, str_matches=ID, description="The pair the row became or was merged into."
     )
+    label_id: str | None = pa.Field(nullable=True, str_matches=ID, description="Or the label.")
     duplicate_of: str | None = pa.Field(
-        nullable=True, str_matches=ID, description="For a merged row, the pair it repeats."
+        nullable=True, str_matches=ID, description="For a merged row, the pair or label it repeats."
     )
 
 
@@ -42,8 +50,9 @@ class QuarantinedRow(Table):
     file: str
     row: int = pa.Field(ge=0)
     unit: int = pa.Field(ge=0, description="Which unit of the row, from 0.")
-    byte_offset: int = pa.Field(ge=0)
+    byte_offset: int | None = pa.Field(nullable=True, ge=0)
     rule: str = pa.Field(description="The first rule that was broken.")
+    rule_version: int = pa.Field(ge=1)
     detail: str = pa.Field(description="What exactly was wrong.")
     raw: str = pa.Field(description="The beginning of the row as it was read.")
 
@@ -68,19 +77,48 @@ class PreferencePair(Table):
     meta: str = pa.Field(description="The row's other columns, as JSON.")
     file: str = pa.Field(description="File of the first row that gave the pair.")
     row: int = pa.Field(ge=0, description="Number of that row, from 0.")
-    byte_offset: int = pa.Field(ge=0, description="Where that row begins, in bytes.")
+    byte_offset: int | None = pa.Field(
+        nullable=True, ge=0, description="Where that row begins, in bytes."
+    )
 
 
-class PairCandidate(pa.DataFrameModel):
-    """The contract of a pair as read, before it is accepted.
+class PreferenceLabel(Table):
+    """One row is a distinct labelled completion (KTO-style data)."""
 
-    Each check's `error` is the rule's name; a row that breaks it goes to the quarantine under it.
+    label_id: str = pa.Field(unique=True, str_matches=ID)
+    prompt_id: str = pa.Field(str_matches=ID)
+    sources: Annotated[pl.List, pl.String]
+    split: str = pa.Field(isin=SPLITS, description="Decided by the prompt's id alone.")
+    prompt: MESSAGES  # type: ignore[valid-type]
+    completion: str
+    desirable: bool
+    votes: int = pa.Field(ge=1, description="How many input units gave this very label.")
+    flags: Annotated[pl.List, pl.String]
+    meta: str = pa.Field(description="The row's other columns, as JSON.")
+    file: str
+    row: int = pa.Field(ge=0)
+    byte_offset: int | None = pa.Field(nullable=True, ge=0)
+
+
+class RuleCount(Table):
+    """One row is a rule in one run of the intake: how often it was met, and what was done."""
+
+    rule: str = pa.Field(unique=True)
+    version: int = pa.Field(ge=1)
+    action: str
+    n: int = pa.Field(ge=0, description="Rows (or units of rows) it was met in.")
+    share: float = pa.Field(ge=0, description="`n` over the rows read.")
+    at_most: float | None = pa.Field(nullable=True, description="The plan's limit of the share.")
+    holds: bool = pa.Field(description="The share is within its limit.")
+
+
+class UnitCandidate(pa.DataFrameModel):
+    """What every unit as read must keep, before it is accepted.
+
+    Each check's `error` is the rule's name; a unit that breaks it goes to the quarantine under it.
     """
 
     prompt: MESSAGES  # type: ignore[valid-type]
-    chosen: str
-    rejected: str
-    strength: float | None = pa.Field(nullable=True)
 
     @pa.dataframe_check(error="empty_prompt", n_failure_cases=0)
     def prompt_is_not_empty(cls, data: PolarsData) -> pl.LazyFrame:
@@ -92,6 +130,28 @@ class PairCandidate(pa.DataFrameModel):
         """Roles are those a chat template knows."""
         role = pl.element().struct.field("role")
         return data.lazyframe.select(pl.col("prompt").list.eval(role.is_in(ROLES)).list.all())
+
+
+class LabelCandidate(UnitCandidate):
+    """The contract of a labelled completion."""
+
+    completion: str
+    desirable: bool
+
+    @pa.dataframe_check(error="empty_reply", n_failure_cases=0)
+    def completion_is_not_empty(cls, data: PolarsData) -> pl.LazyFrame:
+        """The completion says something."""
+        return data.lazyframe.select(pl.col("completion").str.strip_chars() != "")
+
+
+class PairCandidate(UnitCandidate):
+    """The contract of a pair."""
+
+    chosen: str
+    rejected: str
+    strength: float | None = pa.Field(nullable=True)
+    chosen_score: float | None = pa.Field(nullable=True)
+    rejected_score: float | None = pa.Field(nullable=True)
 
     @pa.dataframe_check(error="empty_reply", n_failure_cases=0)
     def replies_are_not_empty(cls, data: PolarsData) -> pl.LazyFrame:
@@ -117,3 +177,9 @@ class PairCandidate(pa.DataFrameModel):
         return data.lazyframe.select(
             pl.col("strength").is_null() | pl.col("strength").is_finite().fill_null(value=True)
         )
+
+    @pa.dataframe_check(error="score_contradicts_label", n_failure_cases=0)
+    def scores_agree_with_the_label(cls, data: PolarsData) -> pl.LazyFrame:
+        """The source, where it scores both replies, does not score rejected higher."""
+        agree = pl.col("chosen_score") >= pl.col("rejected_score")
+        return data.lazyframe.select(agree.fill_null(value=True))

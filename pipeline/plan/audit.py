@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from pipeline.errors import PlanError
-from pipeline.sources import SUFFIXES, shape_of
+from pipeline.sources import shape_of
+from pipeline.sources.files import source_files
 
 _TAKEN = ("reference", "policy")
 
@@ -40,7 +41,7 @@ def write_audit_plan(
 
     Raises:
         PlanError: there are no pairs, or a `.json` is no pointer to a policy.
-        SourceError: no shape fits.
+        SourceError: no shape fits, or the folder holds no data files.
     """
     if not pairs.exists():
         raise PlanError(f"{pairs}: no such file or folder")
@@ -56,7 +57,7 @@ def write_audit_plan(
         "name": plan,
         "store": str(store.resolve()),
         "evaluation": {
-            "pairs": {"path": str(pairs.resolve()), "shape": shape or shape_of(_a_file(pairs))}
+            "pairs": {"path": str(pairs.resolve()), "shape": shape or _shape_of_first(pairs)}
         },
         "models": {"reference": model, "policy": audited},
         "audits": {
@@ -90,13 +91,8 @@ def _trained(pointer: Path) -> Path:
     return directory
 
 
-def _a_file(pairs: Path) -> Path:
-    if not pairs.is_dir():
-        return pairs
-    files = sorted(path for path in pairs.rglob("*") if path.name.endswith(SUFFIXES))
-    if not files:
-        raise PlanError(f"{pairs}: no file in it ends with {', '.join(SUFFIXES)}")
-    return files[0]
+def _shape_of_first(pairs: Path) -> str:
+    return shape_of(Path(source_files("pairs", pairs)[0].url))
 
 
 def _slug(text: str) -> str:

@@ -131,7 +131,9 @@ def _resolve_paths(plan: Plan, base: Path) -> Plan:
         return whole
 
     def source(config: SourceConfig) -> SourceConfig:
-        return config.model_copy(update={"path": resolved(config.path)})
+        if "://" in str(config.path):
+            return config
+        return config.model_copy(update={"path": resolved(Path(config.path))})
 
     def model(config: ModelConfig) -> ModelConfig:
         update: dict[str, Any] = {}

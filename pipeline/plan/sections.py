@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     field_validator,
@@ -15,23 +13,63 @@ from pydantic import (
 )
 
 from pipeline.ids import content_id
-from pipeline.losses import REGISTRY
-from pipeline.plan.faults import Name, fault
+from pipeline.plan.faults import SECTION, Name, fault
 from pipeline.plan.objective import ObjectiveConfig
+from pipeline.plan.report import ReportConfig
+from pipeline.rules import RULES, Action, actions
+from pipeline.sources import READERS, Pairing, ReadOptions
 
 _TAKEN = ("dagster", "ledger", "models", "policies")
 """What stands in the store beside the plans' own folders (`pipeline.store.Store`)."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = SECTION
 
 
 class SourceConfig(_Section):
-    """Where preference data is and what shape it has."""
+    """Where preference data is, what shape it has, and how it is to be read."""
 
-    path: Path
-    shape: Literal["conversational", "hh"]
+    path: Path | str = Field(description="File, folder, glob or URL (s3://, hf://, ...).")
+    shape: str | None = Field(default=None, description="null: found from the first rows.")
+    pairing: Pairing = Field(
+        default="best_worst", description="Which pairs are made of a ranked list."
+    )
+    min_gap: float = Field(
+        default=0.0, ge=0, description="Scores less apart than this state no preference."
+    )
+    score: str | None = Field(default=None, description="What ranks; null: the shape's own.")
+    columns: dict[str, str] = Field(
+        default={}, description="The shape's name of a field to the source's, where they differ."
+    )
+
+    @field_validator("shape")
+    @classmethod
+    def _shape_is_known(cls, shape: str | None) -> str | None:
+        if shape is not None and shape not in READERS:
+            raise ValueError(f"'{shape}' is not one of {', '.join(READERS)}")
+        return shape
+
+    @property
+    def options(self) -> ReadOptions:
+        """What a reader is told."""
+        return ReadOptions(self.pairing, self.min_gap, self.score, dict(self.columns))
+
+
+class RuleConfig(_Section):
+    """What a plan says about one rule of `pipeline.rules`; a lone word is the action."""
+
+    action: Action | None = Field(default=None, description="null: the rule's default.")
+    at_most: float | None = Field(
+        default=None, ge=0, le=1, description="A larger share of the rows fails a check."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_word_is_the_action(cls, given: Any) -> Any:
+        if given is False:  # YAML's reading of an unquoted off
+            given = "off"
+        return {"action": given} if isinstance(given, str) else given
 
 
 class TokenizationConfig(_Section):
@@ -203,51 +241,6 @@ class ScoringConfig(_Section):
         return 1e-3 if dtype == "float32" else 1.0
 
 
-class LandscapeConfig(_Section):
-    """What `loss_landscape` asks of every policy as it is: losses, and values of their parameters.
-
-    A loss takes the lists of the parameters it has, each combination once.
-    """
-
-    losses: list[str] | None = Field(
-        default=None, description="null: every loss that the tables carry the numbers for."
-    )
-    beta: list[float] = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
-    gamma: list[float] = []
-    tau: list[float] = []
-    label_smoothing: list[float] = []
-
-    @field_validator("losses")
-    @classmethod
-    def _losses_are_known(cls, losses: list[str] | None) -> list[str] | None:
-        for loss in losses or ():
-            if loss not in REGISTRY:
-                raise ValueError(f"'{loss}' is not one of {', '.join(REGISTRY)}")
-        return losses
-
-    @model_validator(mode="after")
-    def _values_are_in_bounds(self) -> "LandscapeConfig":
-        for loss in self.losses or REGISTRY:
-            for parameter, bounds in REGISTRY[loss].parameters.items():
-                for value in self.grid.get(parameter, ()):
-                    if not bounds.allows(value):
-                        raise fault(parameter, f"{value} is outside {loss}'s bounds: {bounds}")
-        return self
-
-    @property
-    def grid(self) -> dict[str, list[float]]:
-        """Values by parameter, where there are any."""
-        lists = {name: getattr(self, name) for name in ("beta", "gamma", "tau", "label_smoothing")}
-        return {name: values for name, values in lists.items() if values}
-
-
-class ReportConfig(_Section):
-    """What the report applies to every policy alike."""
-
-    beta: float = Field(default=0.1, gt=0)
-    landscape: LandscapeConfig = LandscapeConfig()
-
-
 class Plan(_Section):
     """A whole plan; see `plans/` for commented ones."""
 
@@ -258,6 +251,7 @@ class Plan(_Section):
     limit_pairs: int | None = Field(
         default=None, ge=1, description="Go on with this many pairs, chosen by their ids' hash."
     )
+    rules: dict[str, RuleConfig] = {}
     split: SplitConfig = SplitConfig()
     tokenization: TokenizationConfig = TokenizationConfig()
     models: dict[Name, ModelConfig] = Field(min_length=1)
@@ -307,6 +301,28 @@ class Plan(_Section):
             if both := sorted(set(left) & set(right)):
                 raise fault(f"{section}.{both[0]}", f"names {what}; names must differ")
         return self
+
+    @model_validator(mode="after")
+    def _rules_are_known(self) -> "Plan":
+        for name, said in self.rules.items():
+            if name not in RULES:
+                raise fault(f"rules.{name}", f"there is no such rule; rules: {', '.join(RULES)}")
+            allowed = (RULES[name].default, *RULES[name].other)
+            if said.action is not None and said.action not in allowed:
+                raise fault(
+                    f"rules.{name}.action", f"'{said.action}' is not one of {', '.join(allowed)}"
+                )
+        return self
+
+    @property
+    def actions(self) -> dict[str, Action]:
+        """What is done under each rule."""
+        return actions({name: c.action for name, c in self.rules.items() if c.action is not None})
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The largest share of rows a rule may be met in, where there is a limit."""
+        return {name: c.at_most for name, c in self.rules.items() if c.at_most is not None}
 
     @property
     def policies(self) -> list[str]:

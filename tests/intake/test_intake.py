@@ -3,7 +3,7 @@
 import json
 import random
 from collections import Counter
-from typing import Any
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -11,7 +11,9 @@ from desk import GOOD, Desk, Row, lines, row
 
 from pipeline import intake
 from pipeline.intake import run
-from pipeline.intake.validate import prompts_in_two_splits, row_law, split_of
+from pipeline.intake.law import count_fates, row_law
+from pipeline.intake.prompts.splits import prompts_in_two_splits, split_of
+from pipeline.intake.rows import reading
 from pipeline.sources import RowError
 from pipeline.store import read
 
@@ -110,7 +112,7 @@ def test_the_row_law_breaks_when_a_row_is_lost(desk: Desk) -> None:
     n_read = {"one": 7, "two": 2}
 
     def holds(rows: pl.DataFrame, n_read: dict[str, int], pairs: pl.DataFrame) -> list[bool]:
-        return row_law(rows, n_read, pairs)["holds"].to_list()
+        return row_law(count_fates(rows), n_read, int(pairs["votes"].sum()))["holds"].to_list()
 
     assert holds(rows, n_read, pairs) == [True, True]
     for lost in range(rows.height):
@@ -128,13 +130,12 @@ def test_a_reader_that_loses_rows_breaks_the_law(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.write("s.jsonl", lines(*GOOD))
-    whole = run._read_chunk
+    whole = reading.read_chunk
 
-    def lossy(*arguments: Any) -> Any:
-        rows, units, broken = whole(*arguments)
-        return rows[:-1], units[:-1], broken
+    def lossy(chunk: reading.Chunk) -> reading.ReadChunk:
+        return whole(replace(chunk, rows=chunk.rows[:-1]))
 
-    monkeypatch.setattr(run, "_read_chunk", lossy)
+    monkeypatch.setattr(run, "read_chunk", lossy)
     assert desk.run("s").law.rows() == [("s", 5, 4, 0, 0, False)]
 
 
@@ -199,7 +200,7 @@ def test_what_is_unusual_is_flagged(desk: Desk) -> None:
     longer = {**row("two", "b", "a"), "prompt": turns("user", "user")}
     desk.write("two.jsonl", lines(row("two", "a", "b"), longer))
     desk.write("three.jsonl", lines(row("two", "b", "a")))
-    result = desk.run("one", "two", "three")
+    result = desk.run("one", "two", "three", rules={"contradicted": "flag"})
     flags = desk.ask("select prompt[-1].content, chosen, rejected, flags from pairs order by all")
     assert flags == [
         ("assistant 1", "before", "d", ["role_repeated"]),
@@ -312,7 +313,7 @@ def test_the_order_of_rows_does_not_matter(desk: Desk) -> None:
         desk.write("s.jsonl", lines(*rows))
         desk.run("s")
         tables.append(read(desk.store, "pairs").drop(place))
-    assert tables[0].height == 7
+    assert tables[0].height == 5
     assert all(table.equals(tables[0]) for table in tables)
 
 

@@ -187,7 +187,7 @@ def test_a_folder_and_hub_ids_are_named_as_they_are(tmp_path: Path, write_pairs:
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "README.md").write_text("about these pairs")
-    with pytest.raises(PlanError, match=r"no file in it ends with \.jsonl"):
+    with pytest.raises(SourceError, match=r"no file ends in \.jsonl"):
         write_audit_plan(folder, "a", "b", store=tmp_path / "s")
     write_pairs().rename(folder / "p.jsonl")
     path = write_audit_plan(folder, "org/Base-7B", "org/Policy-7B", store=tmp_path / "s")

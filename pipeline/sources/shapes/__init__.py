@@ -1,0 +1,1 @@
+"""One reader per published shape: a parsed row to its preferences, labels or candidates."""
