@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         "from pipeline.tokenization import sorted_rows\n"
         "schema = pl.Schema({'key': pl.String, 'ids': pl.List(pl.Int32)})\n"
         "draw, n = np.random.default_rng(0), 0\n"
-        "ids = pl.Series('ids', [np.arange(1000)] * 1000, dtype=pl.List(pl.Int32))\n"
+        "ids = pl.Series('ids', [list(range(1000))] * 1000, dtype=pl.List(pl.Int32))\n"
         "with sorted_rows(schema, Path(sys.argv[1]), ['key']) as rows:\n"
         "    for _ in range(200):\n"
         "        keys = [f'{k:016x}'[::-1] for k in draw.integers(0, 1 << 62, 1000)]\n"
@@ -178,7 +178,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         "print(n, int(status.split()[0]) // 1024)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     n, peak = map(int, done.stdout.split())
     assert n == 200_000
     assert peak < 900, "800 MB of ids and 200 MB of libraries, were they held"
