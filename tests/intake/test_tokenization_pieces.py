@@ -90,11 +90,14 @@ def test_a_prompt_is_rendered_once_for_all_its_pairs(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = Encoder(tokenizer, TokenizationConfig())
-    asked = []
+    asked: list[Any] = []
     render = encoder.renderer.render
-    monkeypatch.setattr(
-        encoder.renderer, "render", lambda batch: (asked.extend(batch), render(batch))[1]
-    )
+
+    def noted(batch: list[Any]) -> Any:
+        asked.extend(batch)
+        return render(batch)
+
+    monkeypatch.setattr(encoder.renderer, "render", noted)
     ranked = [pair("q", a, b) for a in "abcd" for b in "abcd" if a < b]
     tables = tokenize_pairs(pl.DataFrame([*ranked, pair("r")]), encoder)
     assert tables.pair_sequences.height == 7
@@ -252,12 +255,12 @@ def test_pairs_and_labels_share_their_sequences(tokenizer: Any, tmp_path: Path) 
         of_pairs = pair_ways(iter([pairs]), encoder, rows.add)
         of_labels = label_ways(iter([labels]), encoder, rows.add)
         found = pl.concat(rows.pieces())
-    alone = [tokenize_pairs(pairs, encoder), tokenize_labels(labels, encoder)]
-    everything = pl.concat([one.sequences for one in alone])
+    alone, beside = tokenize_pairs(pairs, encoder), tokenize_labels(labels, encoder)
+    everything = pl.concat([alone.sequences, beside.sequences])
     assert found.equals(everything.unique("sequence_id").sort("sequence_id"))
     assert found.height == everything.height - 1, "'the answer' is in both"
-    assert of_pairs.ways.equals(alone[0].pair_sequences)  # type: ignore[union-attr]
-    assert of_labels.ways.equals(alone[1].label_sequences)  # type: ignore[union-attr]
+    assert of_pairs.ways.equals(alone.pair_sequences)
+    assert of_labels.ways.equals(beside.label_sequences)
 
 
 # The stage

@@ -46,7 +46,7 @@ def by_trl(tokenizer: Any, rows: list[dict[str, Any]], max_length: int | None = 
     from datasets import Dataset
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    args = SimpleNamespace(
+    args: Any = SimpleNamespace(
         dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start"
     )
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
