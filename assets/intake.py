@@ -11,7 +11,7 @@ from assets.metadata import column_schema, counts_markdown, examples_markdown, t
 from assets.resources import opened, resource_key, tag_run
 from pipeline import stages
 from pipeline.errors import SourceError
-from pipeline.intake import run_intake, sources_digest
+from pipeline.intake import IntakeResult, run_intake, sources_digest
 from pipeline.plan import Plan
 from schemas import PreferenceLabel, PreferencePair, QuarantinedRow, Sequence, Table
 
@@ -108,43 +108,13 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                 **{f"pairs_{split}": n for split, n in result.pairs_by_split.items()},
                 "flags": counts_markdown(result.flags, "no pair is flagged"),
             },
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name="every_row_is_accounted_for",
-                    passed=result.law["holds"].all(),
-                    metadata={
-                        f"{row['source']}_{column}": row[column]
-                        for row in result.law.to_dicts()
-                        for column in ("n_in", "n_accepted", "n_merged", "n_quarantined")
-                    },
-                ),
-                dg.AssetCheckResult(
-                    check_name="no_prompt_is_in_two_splits",
-                    passed=result.prompts_in_two_splits == 0,
-                    metadata={"prompts": result.prompts_in_two_splits},
-                ),
-                dg.AssetCheckResult(
-                    check_name="no_training_prompt_is_near_an_evaluated_one",
-                    passed=result.trained_near_eval == 0,
-                    # Who says `near_eval: flag` wants to train on them all the same.
-                    severity=dg.AssetCheckSeverity.WARN
-                    if run_plan.actions["near_eval"] == "flag"
-                    else dg.AssetCheckSeverity.ERROR,
-                    metadata={
-                        "pairs_trained_on": result.trained_near_eval,
-                        "action": run_plan.actions["near_eval"],
-                    },
-                ),
-            ],
+            check_results=_pair_checks(pairs, run_plan, result),
         )
         yield dg.MaterializeResult(
             asset_key=labels,
             data_version=dg.DataVersion(result.labels.digest),
             metadata=table_metadata(result.labels, "labels"),
         )
-        limited = result.rules.filter(pl.col("at_most").is_not_null())
-        limited = limited.select("rule", "share", "at_most")
-        exceeded = result.rules.filter(~pl.col("holds"))["rule"].to_list()
         yield dg.MaterializeResult(
             asset_key=quarantine,
             data_version=dg.DataVersion(result.quarantine.digest),
@@ -155,22 +125,55 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                 # A number each, and always all of them, so that Dagster draws them over time.
                 **{f"rule/{row['rule']}": row["n"] for row in result.rules.to_dicts()},
             },
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name="rules_stay_within_their_limits",
-                    passed=not exceeded,
-                    metadata={
-                        "exceeded": ", ".join(exceeded) or "none",
-                        **{
-                            rule: f"{share:.4f} of the rows, at most {at_most}"
-                            for rule, share, at_most in limited.iter_rows()
-                        },
-                    },
-                )
-            ],
+            check_results=[_limits_check(quarantine, result)],
         )
 
     return intake
+
+
+def _pair_checks(key: dg.AssetKey, plan: Plan, result: IntakeResult) -> list[dg.AssetCheckResult]:
+    flagged = plan.actions["near_eval"] == "flag"  # who says so wants to train on them all the same
+    return [
+        dg.AssetCheckResult(
+            asset_key=key,
+            check_name="every_row_is_accounted_for",
+            passed=result.law["holds"].all(),
+            metadata={
+                f"{row['source']}_{column}": row[column]
+                for row in result.law.to_dicts()
+                for column in ("n_in", "n_accepted", "n_merged", "n_quarantined")
+            },
+        ),
+        dg.AssetCheckResult(
+            asset_key=key,
+            check_name="no_prompt_is_in_two_splits",
+            passed=result.prompts_in_two_splits == 0,
+            metadata={"prompts": result.prompts_in_two_splits},
+        ),
+        dg.AssetCheckResult(
+            asset_key=key,
+            check_name="no_training_prompt_is_near_an_evaluated_one",
+            passed=result.trained_near_eval == 0,
+            severity=dg.AssetCheckSeverity.WARN if flagged else dg.AssetCheckSeverity.ERROR,
+            metadata={
+                "trained_on_all_the_same": result.trained_near_eval,
+                "action": plan.actions["near_eval"],
+            },
+        ),
+    ]
+
+
+def _limits_check(key: dg.AssetKey, result: IntakeResult) -> dg.AssetCheckResult:
+    limited = result.rules.filter(pl.col("at_most").is_not_null())
+    return dg.AssetCheckResult(
+        asset_key=key,
+        check_name="rules_stay_within_their_limits",
+        passed=limited["holds"].all(),
+        metadata={
+            row["rule"]: f"{row['share']:.4f} of the rows, at most {row['at_most']:g}"
+            for row in limited.to_dicts()
+        },
+    )
 
 
 def sequences(plan: Plan) -> dg.AssetsDefinition:

@@ -71,7 +71,7 @@ def write_pairs(tmp_path: Path) -> Callable[..., Path]:
     def write(n: int = 12, rows: list[dict[str, Any]] | None = None, name: str = "p.jsonl") -> Path:
         rows = rows or [
             {
-                "prompt": [{"role": "user", "content": f"what is the answer to question {i}?"}],
+                "prompt": [{"role": "user", "content": f"what is {i}, and what is {i}?"}],
                 "chosen": [{"role": "assistant", "content": f"the answer is {i}"}],
                 "rejected": [{"role": "assistant", "content": f"it depends on what was asked {i}"}],
                 "category": "even" if i % 2 == 0 else "odd",

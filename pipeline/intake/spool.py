@@ -49,7 +49,7 @@ def read_parts(parts: Iterable[tuple[Path, int]], schema: pl.Schema | None) -> p
         with pa.memory_map(str(path)) as source:
             frame = pl.from_arrow(_reader(source, schema).get_batch(batch))
         assert isinstance(frame, pl.DataFrame)
-        found.append(frame if schema is None else frame.cast(schema))  # type: ignore[arg-type]
+        found.append(frame if schema is None else frame.cast(schema))
     return pl.concat(found) if found else pl.DataFrame(schema=schema)
 
 

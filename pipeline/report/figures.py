@@ -21,18 +21,25 @@ from matplotlib.ticker import MaxNLocator
 LN2 = math.log(2)
 MAX_POINTS = 300
 # In the order of a page: what the policy has not seen first.
-SPLIT_NAMES = {"test": "held-out (test)", "evaluation": "evaluation", "train": "train"}
+SPLIT_NAMES = {
+    "test": "held-out (test)",
+    "evaluation": "evaluation",
+    "train": "train",
+    "left_out": "left out of training",
+}
 CURVES = ("loss", "rewards/accuracies", "rewards/margins")
 
 # Colours no data carries, each replaced by what the page's style sheet says, light or dark.
 _INK, _FAINT = "#010203", "#010204"
-_SERIES = {"train": "#010205", "test": "#010206", "evaluation": "#010207"}
+_SERIES = {"train": "#010205", "test": "#010206", "evaluation": "#010207",
+           "left_out": "#010208"}  # fmt: skip
 _ON_PAGE = {
     _INK: "currentColor",
     _FAINT: "var(--rule, #c8ccd0)",
     _SERIES["train"]: "var(--series-train, #b45309)",
     _SERIES["test"]: "var(--series-test, #0b62a8)",
     _SERIES["evaluation"]: "var(--series-evaluation, #00755b)",
+    _SERIES["left_out"]: "var(--series-left-out, #6f5a9e)",
 }
 # For a bitmap on white; blue and orange stay apart in every common colour blindness.
 _ON_WHITE = {
@@ -41,8 +48,10 @@ _ON_WHITE = {
     _SERIES["train"]: "#b45309",
     _SERIES["test"]: "#0b62a8",
     _SERIES["evaluation"]: "#00755b",
+    _SERIES["left_out"]: "#6f5a9e",
 }
-_DASHES = {"train": (0, (4, 2)), "test": "solid", "evaluation": (0, (1, 1.5))}
+_DASHES = {"train": (0, (4, 2)), "test": "solid", "evaluation": (0, (1, 1.5)),
+           "left_out": (0, (6, 2, 1, 2))}  # fmt: skip
 
 
 class _Look(NamedTuple):

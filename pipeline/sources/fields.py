@@ -202,14 +202,14 @@ def preference(
     """
     strength = number(row.get("strength"), "strength")
     scores = None
-    used = {"strength", *used}
+    taken = {"strength", *used}
     for better, worse in () if _SCORE_FIELDS.isdisjoint(row) else PAIR_SCORES:
         if row.get(better) is not None and row.get(worse) is not None:
             scores = (score(row, better), score(row, worse))
             strength = gap(*scores) if strength is None else strength
-            used |= {better, worse}
+            taken |= {better, worse}
             break
-    return Unit(*said, strength, scores, rest(row, used, left))
+    return Unit(*said, strength, scores, rest(row, taken, left))
 
 
 def score(row: dict[str, object], field: str) -> float:

@@ -6,6 +6,9 @@ from itertools import combinations, pairwise
 from pipeline.sources.base import Candidate, ReadOptions, RowError, Unit
 from pipeline.sources.fields import gap
 
+MOST_OF_ALL = 200
+"""Candidates that `all` pairs with each other, which makes 19,900 pairs."""
+
 
 def pair(
     candidates: Sequence[Candidate],
@@ -29,8 +32,8 @@ def pair(
 
     Returns:
         Pairs, and a `RowError` for what makes none: a blank candidate (`empty_reply`), too few
-        others (`no_rival`), two equal scores (`tied`) or two less than `min_gap` apart
-        (`gap_too_small`).
+        others (`no_rival`), too many for `all` (`too_many_rivals`), two equal scores (`tied`) or
+        two less than `min_gap` apart (`gap_too_small`).
     """
     made: list[Unit | RowError] = []
     usable = []
@@ -50,6 +53,11 @@ def pair(
         case "adjacent":
             couples = pairwise(order)
         case "all":
+            if len(order) > MOST_OF_ALL:
+                made.append(
+                    RowError("too_many_rivals", f"{len(order)} candidates, at most {MOST_OF_ALL}")
+                )
+                return made
             couples = combinations(order, 2)
     for (i, better), (j, worse) in couples:
         try:

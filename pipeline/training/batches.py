@@ -74,7 +74,11 @@ def training_pairs(
         .sort("pair_id")
     )
     if wanted.is_empty():
-        raise TrainingError("no pair is left to train on: none of the split 'train' was tokenised")
+        left_out = pairs.filter(split="left_out").height
+        said = f" ({left_out} pairs are left out of training, see their flags)" if left_out else ""
+        raise TrainingError(
+            f"no pair is left to train on: none of the split 'train' was tokenised{said}"
+        )
     needed = [
         *wanted["chosen_id"],
         *wanted["rejected_id"],

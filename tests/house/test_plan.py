@@ -74,7 +74,11 @@ def test_a_minimal_plan_and_its_defaults(tmp_path: Path) -> None:
             "models.sft.engin",
             ["unknown key", "allowed: checkpoint, adapter, engine, dtype, attention"],
         ),
-        (put("jsonl", "sources", "hh", "shape"), "sources.hh.shape", ["'conversational'", "'hh'"]),
+        (
+            put("jsonl", "sources", "hh", "shape"),
+            "sources.hh.shape",
+            ["hh, openai,", "'jsonl'"],
+        ),
         (
             put("float64", "models", "sft", "dtype"),
             "models.sft.dtype",
@@ -120,7 +124,7 @@ def test_a_minimal_plan_and_its_defaults(tmp_path: Path) -> None:
             "scoring.parity.policies",
             ["'ppo'", "dpo"],
         ),
-        (lambda plan: plan["sources"]["hh"].pop("shape"), "sources.hh.shape", ["required"]),
+        (lambda plan: plan["sources"]["hh"].pop("path"), "sources.hh.path", ["required"]),
         (lambda plan: plan["objectives"]["dpo"].pop("start"), "objectives.dpo.start", ["required"]),
         (
             put("2024-13-45", "tokenization", "pinned_date"),
@@ -352,6 +356,7 @@ OTHER: dict[str, object] = {
     "checkpoint": "other", "adapter": "other", "dtype": "bfloat16", "attention": "eager",
     "schedule": "cosine", "target_modules": ["q_proj"], "null_test": "always", "salt": "other",
     "store": "other", "evaluation": {"e": {"path": "e", "shape": "hh"}},
+    "pairing": "all", "score": "other", "columns": {"chosen": "other"}, "rules": {"tied": "flag"},
     "engine": "vllm", "loss": "ipo", "head_dtype": "model", "attention_backend": "FLASH_ATTN",
     "reference_correction": "never", "parity": {"engine": "vllm"},
     "audits": {"theirs": {"reference": "sft", "policy": "two"}},

@@ -169,7 +169,7 @@ def test_a_missing_or_replaced_snapshot_is_found(store: Store) -> None:
 
 def test_a_valid_file_of_another_table_is_refused(store: Store) -> None:
     row = {"source": "s", "file": "f", "row": 0, "unit": 0, "byte_offset": 0,
-           "rule": "r", "detail": "d", "raw": ""}  # fmt: skip
+           "rule": "r", "rule_version": 1, "detail": "d", "raw": ""}  # fmt: skip
     other = publish(store, "quarantine", pl.DataFrame([row]), QuarantinedRow).path
     path = publish(store, "logprobs", logprobs(), LogProb).path
     # Over the right name: the hash betrays it.

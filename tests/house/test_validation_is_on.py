@@ -7,10 +7,13 @@ import sys
 import pytest
 
 TRY = """
-import polars as pl
-from pipeline.intake.validate import CANDIDATE_SCHEMA, apply_contract
-bad = {"prompt": [{"role": "user", "content": "x"}], "chosen": " ", "rejected": "y"}
-kept, rejected = apply_contract(pl.DataFrame([bad], schema=CANDIDATE_SCHEMA))
+from pipeline.intake.rows.contract import apply_contract
+from pipeline.intake.rows.units import unit_frame
+from pipeline.rules import actions
+from pipeline.sources import Unit
+place = {"ordinal": 0, "unit": 0, "source": "s", "file": "f", "row": 0, "evaluation": False}
+bad = Unit([{"role": "user", "content": "x"}], " ", "y")
+kept, rejected = apply_contract(unit_frame([(place, bad)]), actions({}))
 print(kept.height, rejected["rule"].to_list())
 """
 

@@ -8,6 +8,7 @@ import duckdb
 
 from pipeline.intake import IntakeResult, run_intake
 from pipeline.plan import Plan
+from pipeline.sources import READERS
 from pipeline.store import Store
 
 Row = dict[str, Any]
@@ -43,11 +44,14 @@ class Desk:
         return path
 
     def plan(self, *sources: str, evaluation: tuple[str, ...] = (), **more: Any) -> Plan:
-        """A plan over files `<source>.jsonl`, or folders of the source's name."""
+        """A plan over files `<source>.jsonl`, or folders of the source's name.
+
+        A name that begins with a shape's is of that shape, others are conversational.
+        """
 
         def config(name: str) -> Row:
             folder = self.folder / name
-            shape = "hh" if name.startswith("hh") else "conversational"
+            shape = next((s for s in READERS if name.startswith(s)), "conversational")
             path = folder if folder.is_dir() else self.folder / f"{name}.jsonl"
             return {"path": path, "shape": shape}
 

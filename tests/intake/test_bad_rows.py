@@ -8,11 +8,17 @@ import pytest
 from desk import Desk
 from support import PROJECT
 
-from pipeline.rules import RULES
+from pipeline.rules import INTAKE, RULES
 from schemas import LabelCandidate, PairCandidate
 from schemas.intake import DISPOSITIONS
 
-FILES = {"pairs": "bad_rows.jsonl", "hh": "bad_rows_hh.jsonl"}
+FILES = {
+    "pairs": "bad_rows.jsonl",
+    "hh": "bad_rows_hh.jsonl",
+    "ultrafeedback": "bad_rows_ultrafeedback.jsonl",
+    "scored": "bad_rows_scored.jsonl",
+    "helpsteer": "bad_rows_helpsteer.jsonl",
+}
 """Source to its file in `sample/`."""
 
 QUARANTINED = {
@@ -46,6 +52,10 @@ QUARANTINED = {
         (32, "tied"),
     ],
     "hh": [(1, "not_a_transcript"), (2, "wrong_type"), (3, "empty_reply")],
+    # Of row 2, one completion; its other two are a pair.
+    "ultrafeedback": [(1, "tied"), (2, "score_contradicts_label"), (3, "no_rival")],
+    "scored": [(1, "lengths_differ")],
+    "helpsteer": [(1, "score_out_of_scale")],
 }
 KEPT = {
     "pairs": [
@@ -58,6 +68,9 @@ KEPT = {
         *((row, "accepted") for row in range(33, 40)),
     ],
     "hh": [(0, "accepted"), (4, "accepted")],
+    "ultrafeedback": [(0, "accepted"), (2, "accepted")],
+    "scored": [(0, "accepted")],
+    "helpsteer": [(0, "accepted")],
 }
 FLAGGED = [
     (28, ["role_repeated"]),
@@ -78,11 +91,9 @@ LEFT_OUT = {
     "invalid_csv": _ANOTHER_FORMAT,
     "byte_order_mark": "every line of the file is shown as it is",
     "no_prompt": _ANOTHER_SHAPE,
-    "lengths_differ": _ANOTHER_SHAPE,
-    "score_out_of_scale": _ANOTHER_SHAPE,
-    "no_rival": _ANOTHER_SHAPE,
-    "gap_too_small": _ANOTHER_SHAPE,
-    "not_paired": _ANOTHER_SHAPE,
+    "gap_too_small": "needs a plan with a `min_gap`",
+    "too_many_rivals": "the row would have more than 200 candidates (tests/intake/test_rules.py)",
+    "not_paired": "needs rivals in rows of their own (tests/intake/test_rules.py)",
     "near_eval": "needs an evaluation source",
     "contaminated": "needs an evaluation source",
 }
@@ -112,7 +123,13 @@ def test_every_row_meets_its_fate(desk: Desk) -> None:
         "select rows.row, pairs.row, votes from rows join pairs on duplicate_of = pairs.pair_id"
     ) == [(25, 0, 2)]
 
-    assert result.law.rows() == [("pairs", 39, 11, 1, 27, True), ("hh", 5, 2, 0, 3, True)]
+    assert result.law.rows() == [
+        ("pairs", 39, 11, 1, 27, True),
+        ("hh", 5, 2, 0, 3, True),
+        ("ultrafeedback", 4, 2, 0, 2, True),
+        ("scored", 2, 1, 0, 1, True),
+        ("helpsteer", 2, 1, 0, 1, True),
+    ]
     assert dict(result.law.select("source", "n_in").rows()) == n_in
 
 
@@ -159,7 +176,7 @@ def modules() -> list[Path]:
 def test_every_rule_has_a_row_or_a_reason() -> None:
     shown = {rule for rows in QUARANTINED.values() for _, rule in rows}
     shown |= {flag for _, flags in FLAGGED for flag in flags} | {"duplicate"}
-    of_the_intake = {r.name for r in RULES.values() if r.stage in ("read", "contract", "prompt")}
+    of_the_intake = {r.name for r in RULES.values() if r.stage in INTAKE}
     assert of_the_intake - shown - LEFT_OUT.keys() == set(), "no row shows these"
     assert shown | LEFT_OUT.keys() == of_the_intake
     assert shown & LEFT_OUT.keys() == set()

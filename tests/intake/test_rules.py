@@ -11,8 +11,8 @@ from desk import Desk, Row, lines, row
 from pydantic import ValidationError
 from support import PROJECT
 
-from pipeline.intake.merge import _in_cycle
-from pipeline.intake.near import (
+from pipeline.intake.prompts.merge import _in_cycle
+from pipeline.intake.prompts.near import (
     NearIndex,
     band_keys,
     jaccard,
@@ -20,9 +20,10 @@ from pipeline.intake.near import (
     shingles,
     word_grams,
 )
-from pipeline.intake.units import unit_frame
-from pipeline.rules import ACTIONS, RULES, rules_page
-from pipeline.sources import Unit
+from pipeline.intake.rows.units import unit_frame
+from pipeline.rules import ACTIONS, INTAKE, RULES, rules_page
+from pipeline.sources import Candidate, ReadOptions, Unit, pair
+from pipeline.sources.base import Message
 from pipeline.store import read
 
 ALL_TRAIN = {"test_share": 0.0}
@@ -195,6 +196,14 @@ def test_rivals_in_different_rows_become_pairs(desk: Desk) -> None:
     assert result.law["holds"].all()
 
 
+@pytest.mark.parametrize(("n", "n_pairs"), [(200, 19_900), (201, 0)])
+def test_a_list_of_a_million_pairs_is_refused(n: int, n_pairs: int) -> None:
+    prompt: list[Message] = [{"role": "user", "content": "q"}]
+    found = pair([Candidate(prompt, f"{i}", i) for i in range(n)], ReadOptions("all"))
+    assert sum(isinstance(unit, Unit) for unit in found) == n_pairs
+    assert len(pair([Candidate(prompt, f"{i}", i) for i in range(n)], ReadOptions())) == 1
+
+
 def test_labels_are_a_table_of_their_own(desk: Desk) -> None:
     rows = [
         labelled("q", "good", True, note="n"),
@@ -323,15 +332,14 @@ def test_every_rule_is_counted_and_can_be_limited(desk: Desk) -> None:
     desk.write("s.jsonl", b"\xef\xbb\xbf" + lines(*rows, rows[0], row("z", "same", "same"), b"bad"))
     limits = {"invalid_json": {"at_most": 0.1}, "identical_replies": {"at_most": 0.05}}
     result = desk.run("s", rules=limits)
-    counted = {r["rule"]: r for r in read(desk.store, "rule_counts").to_dicts()}
+    counted = {r["rule"]: r for r in read(desk.store, "rule_counts/intake").to_dicts()}
     n = {rule: entry["n"] for rule, entry in counted.items() if entry["n"]}
     assert n == {
         "invalid_json": 1, "identical_replies": 1, "duplicate": 1, "byte_order_mark": 1,
     }  # fmt: skip
     assert counted["invalid_json"]["share"] == pytest.approx(0.1)
     assert result.rules.filter(~pl.col("holds"))["rule"].to_list() == ["identical_replies"]
-    stages = ("read", "contract", "prompt")
-    assert counted.keys() == {rule.name for rule in RULES.values() if rule.stage in stages}
+    assert counted.keys() == {rule.name for rule in RULES.values() if rule.stage in INTAKE}
 
 
 def test_examples_are_the_first_five_of_each_rule(desk: Desk) -> None:

@@ -1,5 +1,6 @@
 """The graph, the job, the checks; over the tiny model, in Dagster itself."""
 
+import html
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from assets.cli import main
 from assets.definitions import defs, plan_definitions, plan_files
 from pipeline.names import store_of
 from pipeline.plan import load_plan
+from pipeline.rules import INTAKE, RULES
 from pipeline.store import current_snapshot, read
 
 WritePlan = Any
@@ -50,6 +52,7 @@ def test_the_demo_graph() -> None:
     expected = {
         "raw_preferences": [],
         "preference_pairs": ["raw_preferences"],
+        "preference_labels": ["raw_preferences"],
         "quarantined_rows": ["raw_preferences"],
         "sequences": ["preference_pairs"],
         "logprobs_smollm2": ["sequences"],
@@ -111,6 +114,8 @@ def test_one_job_from_pairs_to_report(write_plan: WritePlan, instance: dg.Dagste
     assert checks == {
         "every_row_is_accounted_for": True,
         "no_prompt_is_in_two_splits": True,
+        "no_training_prompt_is_near_an_evaluated_one": True,
+        "rules_stay_within_their_limits": True,
         "every_pair_is_tokenised_or_listed": True,
         "every_sequence_is_scored": True,
         "logprobs_are_finite": True,
@@ -132,6 +137,44 @@ def test_one_job_from_pairs_to_report(write_plan: WritePlan, instance: dg.Dagste
     assert numbers["accuracy"] == pytest.approx(held_out["correct"].mean())
     assert report["splits/test/margin_mean"] == pytest.approx(held_out["margin"].mean())
     assert "<html" in Path(report["report"]).read_text()
+
+
+def test_rules_are_counted_over_time_and_shown_by_escaped_examples(
+    write_plan: WritePlan, write_pairs: Any, instance: dg.DagsterInstance
+) -> None:
+    """Two runs over a source that grows worse; the second is past a limit and stops."""
+    path = write_plan(rules={"invalid_json": {"at_most": 0.4}})
+    assert run(path, instance).success
+    source = Path(load_plan(path).sources["pairs"].path)
+    good = source.read_bytes()
+    nasty = b'{"<script>|`[x](javascript:1)\xe2\x80\xae" ' + b"x" * 300
+    source.write_bytes(good + b"\n".join([nasty] * 7))
+    assert run(path, instance).success
+    source.write_bytes(good + b"\n".join([nasty] * 12))
+    assert not run(path, instance).success
+
+    key = dg.AssetKey(["tiny", "quarantined_rows"])
+    found = instance.fetch_materializations(key, limit=9, ascending=True).records
+    seen = [record.asset_materialization for record in found]
+    counts = [event.metadata["rule/invalid_json"].value for event in seen if event is not None]
+    assert counts == [0, 7, 12]
+    names = {name for event in seen if event for name in event.metadata if name.startswith("rule/")}
+    assert names == {f"rule/{rule.name}" for rule in RULES.values() if rule.stage in INTAKE}
+    assert seen[1] is not None
+    examples = str(seen[1].metadata["examples"].value).splitlines()
+    assert len(examples) == 2 + 5
+    for line in examples[2:]:
+        assert line.count("|") == 5
+        assert "<" not in line
+        assert "`" not in line
+        assert "\u202e" not in line
+        assert "javascript:" not in line
+        assert html.unescape(line.split("|")[4]).strip().startswith('{"<script>|`[x](javascript:1)')
+        assert len(line) < 1200
+    (check,) = instance.event_log_storage.get_asset_check_execution_history(
+        dg.AssetCheckKey(key, "rules_stay_within_their_limits"), limit=1
+    )
+    assert str(check.status).endswith("FAILED")
 
 
 def test_a_second_run_computes_nothing(

@@ -135,7 +135,11 @@ def made(n: int = 90, text: str = "", splits: tuple[str, ...] = ("train", "test"
         pairs=frame(PreferencePair, pairs),
         rows=frame(InputRow, rows),
         quarantine=frame(
-            QuarantinedRow, [{**fate, **because, "row": 1000 + k, "rule": rule} for k in range(7)]
+            QuarantinedRow,
+            [
+                {**fate, **because, "row": 1000 + k, "rule": rule, "rule_version": 1}
+                for k in range(7)
+            ],
         ),
         untokenized=frame(
             UntokenizedPair,

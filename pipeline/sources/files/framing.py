@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import SourceError
-from pipeline.sources.files.columnar import arrow_rows, parquet_rows
+from pipeline.sources.files.arrow.rows import arrow_rows, parquet_rows
 from pipeline.sources.files.delimited import cut_records
 from pipeline.sources.files.formats import Format, format_of
 from pipeline.sources.files.json_array import cut_array
 from pipeline.sources.files.json_lines import cut_lines
 from pipeline.sources.files.locations import SourceFile
 from pipeline.sources.files.rows import MAX_ROW_BYTES, RawRow
-from pipeline.sources.files.streams import readable, seekable, uncompressed
+from pipeline.sources.files.streams import on_disk, readable, seekable, uncompressed
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -48,8 +48,12 @@ def frame_rows(file: SourceFile | Path, limit: int = MAX_ROW_BYTES) -> Iterator[
                     yield first._replace(byte_order_mark=True)
                 yield from rows
                 return
-        with seekable(file, on_disk=kind == "arrow") as place:
-            yield from (arrow_rows if kind == "arrow" else parquet_rows)(place, limit)
+        if kind == "parquet":
+            with seekable(file) as place:
+                yield from parquet_rows(place, limit)
+        else:
+            with on_disk(file) as path:
+                yield from arrow_rows(path, limit)
 
 
 def _text_rows(kind: Format, stream: BinaryIO, offset: int, limit: int) -> Iterator[RawRow]:

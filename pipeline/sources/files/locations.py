@@ -23,6 +23,8 @@ _SAVED = {"state.json", "dataset_info.json"}
 _SAVED_DATA = ("data-*.arrow", "dataset.arrow")
 """Its rows; other Arrow files in it are caches. The second is how old versions called it."""
 
+_BUFFER = 1 << 20
+
 _SINGLE_FILE_PROTOCOLS = ("http", "https")
 """These cannot list a folder, and their `?` begins a query."""
 
@@ -70,12 +72,12 @@ def is_local(location: str | Path) -> bool:
     return isinstance(location, Path) or "://" not in location
 
 
-def open_raw(file: SourceFile) -> io.BufferedReader:
+def open_raw(file: SourceFile) -> "io.BufferedReader[Any]":
     """The file's bytes as they are stored."""
     if is_local(file.url):
-        return open(file.url, "rb", buffering=1 << 20)  # the caller closes it
+        return io.BufferedReader(io.FileIO(file.url), _BUFFER)
     system, path = filesystem(file.url)
-    return io.BufferedReader(system.open(path, "rb"), 1 << 20)
+    return io.BufferedReader(system.open(path, "rb"), _BUFFER)
 
 
 def filesystem(url: str) -> tuple[Any, str]:

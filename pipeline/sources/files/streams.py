@@ -43,7 +43,7 @@ def readable(file: SourceFile) -> Iterator[None]:
 
 
 @contextmanager
-def uncompressed(file: SourceFile) -> Iterator[io.BufferedReader]:
+def uncompressed(file: SourceFile) -> Iterator["io.BufferedReader[Any]"]:
     """The bytes of a file, read as a stream, whatever compression its first bytes say."""
     with open_raw(file) as packed:
         unpacked = _unpacked(packed)
@@ -55,27 +55,32 @@ def uncompressed(file: SourceFile) -> Iterator[io.BufferedReader]:
 
 
 @contextmanager
-def seekable(file: SourceFile, *, on_disk: bool) -> Iterator[str | io.BufferedReader]:
-    """The uncompressed bytes to be read in any order: a path, or a remote file's stream.
+def seekable(file: SourceFile) -> Iterator[str | BinaryIO]:
+    """The uncompressed bytes to be read in any order: a path, or a remote file's stream."""
+    with open_raw(file) as packed:
+        if not is_local(file.url) and packed.seekable() and _unpacked(packed) is None:
+            yield packed
+            return
+    with on_disk(file) as path:
+        yield path
 
-    Where that cannot be had, or `on_disk` is wanted of a remote file, it is copied to a temporary
-    file first.
-    """
+
+@contextmanager
+def on_disk(file: SourceFile) -> Iterator[str]:
+    """The path of the uncompressed bytes: the file's own, or a temporary copy's."""
     with open_raw(file) as packed:
         unpacked = _unpacked(packed)
         if unpacked is None and is_local(file.url):
             yield file.url
-        elif unpacked is None and not on_disk and packed.seekable():
-            yield packed
-        else:
-            with tempfile.NamedTemporaryFile(prefix="logratio-") as copy:
-                source = packed if unpacked is None else _Limited(unpacked, packed)
-                shutil.copyfileobj(source, copy, _BUFFER)
-                copy.flush()
-                yield copy.name
+            return
+        with tempfile.NamedTemporaryFile(prefix="logratio-") as copy:
+            source = packed if unpacked is None else _Limited(unpacked, packed)
+            shutil.copyfileobj(source, copy, _BUFFER)
+            copy.flush()
+            yield copy.name
 
 
-def _unpacked(packed: io.BufferedReader) -> gzip.GzipFile | zstd.ZstdFile | None:
+def _unpacked(packed: "io.BufferedReader[Any]") -> gzip.GzipFile | zstd.ZstdFile | None:
     head = packed.peek(4)[:4]
     if head[:2] == _GZIP:
         return gzip.GzipFile(fileobj=packed)

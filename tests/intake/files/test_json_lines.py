@@ -109,3 +109,22 @@ def test_what_is_no_file_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(SourceError, match=f"{path}: cannot be read"):
             list(frame_rows(path))
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_line_that_is_too_long_is_not_held_and_costs_no_other(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    data = b'{"a":1}\n' + b"x" * 5_000_000 + b"\r\n\n" + b"y" * 1000 + b"\n" + b"z" * 1001 + b"\n2"
+    path = tmp_path / "rows"
+    path.write_bytes(pack(data))
+    rows = list(frame_rows(path, limit=1000))
+    assert [(row.row, row.byte_offset, row.fault) for row in rows] == [
+        (0, 0, None),
+        (1, 8, ("row_too_long", "5,000,002 bytes, more than 1,000")),
+        (3, 5_000_011, None),
+        (4, 5_001_012, ("row_too_long", "1,002 bytes, more than 1,000")),
+        (5, 5_002_014, None),
+    ]
+    assert rows[1].data == b"x" * 1001
+    assert len(rows[2].data) == 1000

@@ -3,6 +3,7 @@
 import json
 from typing import Any, get_args
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from published import FILES, said, user
@@ -61,8 +62,11 @@ def holds(shape: str, row: dict[str, object], options: ReadOptions) -> None:
         json.dumps(unit.meta, allow_nan=False)
 
 
-@settings(max_examples=1000, deadline=None)
-@given(st.sampled_from(sorted(READERS)), st.dictionaries(FIELDS, MESSY), OPTIONS)
+ANY = given(st.sampled_from(sorted(READERS)), st.dictionaries(FIELDS, MESSY), OPTIONS)
+
+
+@settings(max_examples=300, deadline=None)
+@ANY
 @example(
     "conversational",
     {"chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")], "strength": 10**400},
@@ -76,9 +80,7 @@ def test_any_object(shape: str, row: dict[str, object], options: ReadOptions) ->
 GOOD = [(published.shape, row) for published in FILES.values() for row in published.rows]
 
 
-@settings(max_examples=1000, deadline=None)
-@given(st.data())
-def test_a_published_row_with_one_value_exchanged(data: st.DataObject) -> None:
+def with_one_value_exchanged(data: st.DataObject) -> None:
     """Nearer to what goes wrong: any value anywhere in a good row is another one."""
     shape, row = data.draw(st.sampled_from(GOOD))
     changed: Any = json.loads(json.dumps(row))
@@ -90,3 +92,35 @@ def test_a_published_row_with_one_value_exchanged(data: st.DataObject) -> None:
         )
     place[key] = data.draw(MESSY)
     holds(shape, changed, data.draw(OPTIONS))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_published_row_with_one_value_exchanged(data: st.DataObject) -> None:
+    with_one_value_exchanged(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None)
+@ANY
+def test_any_object_at_length(shape: str, row: dict[str, object], options: ReadOptions) -> None:
+    holds(shape, row, options)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None)
+@given(st.data())
+def test_a_published_row_with_one_value_exchanged_at_length(data: st.DataObject) -> None:
+    with_one_value_exchanged(data)
+
+
+def test_the_law_can_be_broken() -> None:
+    """The control: a reader that alters its row, and one that loses it."""
+    broken: list[Any] = [lambda row, options: row.clear() or [RowError("a", "")], lambda *_: []]
+    for reader in broken:
+        READERS["broken"] = reader
+        try:
+            with pytest.raises(AssertionError, match=r"altered|lost"):
+                holds("broken", {"a": 1}, ReadOptions())
+        finally:
+            del READERS["broken"]

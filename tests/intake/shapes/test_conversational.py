@@ -109,7 +109,8 @@ def test_a_column_that_changes_the_text_is_unsupported(field: str, value: object
         "unsupported_content",
         f"the row has '{field}'",
     )
-    for empty in (None, "", [], {}, "[]"):
+    nothing: list[object] = [None, "", [], {}, "[]"]
+    for empty in nothing:
         assert one_pair("conversational", {**row, field: empty}).chosen == "yes"
 
 

@@ -146,6 +146,9 @@ def test_another_score_may_rank() -> None:
     unit = one_pair("ultrafeedback", ULTRA, score="fine-grained_score")
     assert (unit.chosen, unit.scores) == ("no", (5.0, 1.0))
     assert unit.meta["chosen_candidate"] == {"overall_score": 2, "model": "a"}
+    # A ten on a scale of its own says nothing about the fine-grained scores.
+    tens = [{"response": "no", "q": 1}, {"response": "yes", "q": 10, "fine-grained_score": 1.0}]
+    assert one_pair("ultrafeedback", {**ULTRA, "completions": tens}, score="q").chosen == "yes"
     unit = one_pair("scored", {**SCORED, "rewards": [9, 1, 5]}, score="rewards")
     assert (unit.chosen, unit.meta) == ("no", {"scores": [1, 9, 5]})
     assert rules(read_rows("ultrafeedback", ULTRA, score="x"))[:2] == ["missing_field"] * 2

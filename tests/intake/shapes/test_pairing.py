@@ -88,9 +88,9 @@ def test_blank_candidates_are_named_and_left_out() -> None:
 
 def test_a_pair_knows_its_scores_and_where_it_comes_from() -> None:
     candidates = [Candidate(ASKED, "a", 1.5, {"model": "x"}), Candidate(ASKED, "b", 4.0)]
-    common = {"source": "s"}
+    common: dict[str, object] = {"source": "s"}
     (unit,) = pair(candidates, ReadOptions(), common)
-    meta = {"source": "s", "rejected_candidate": {"model": "x"}}
+    meta: dict[str, object] = {"source": "s", "rejected_candidate": {"model": "x"}}
     assert unit == Unit(ASKED, "b", "a", 2.5, (4.0, 1.5), meta)
     assert common == {"source": "s"}
     (unit,) = pair(candidates, ReadOptions(), ranked=True)

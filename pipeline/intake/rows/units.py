@@ -4,10 +4,13 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from pipeline.ids import Canonical, content_id
 from pipeline.sources import Candidate, Label, Unit
+from pipeline.sources.base import Message
 from schemas import MESSAGES
 
 PAIR, LABEL, CANDIDATE = 0, 1, 2
@@ -56,7 +59,23 @@ def unit_frame(units: Iterable[tuple[dict[str, Any], Unit | Label | Candidate]])
         row = {**dict.fromkeys(columns), **place, **_content(unit)}
         for name, values in columns.items():
             values.append(row[name])
-    return pl.DataFrame(columns, schema=UNIT_SCHEMA)
+    prompts = _messages(columns.pop("prompt"))
+    schema = {name: dtype for name, dtype in UNIT_SCHEMA.items() if name != "prompt"}
+    frame = pl.DataFrame(columns, schema=schema).with_columns(prompts.alias("prompt"))
+    return frame.select(list(UNIT_SCHEMA))
+
+
+def _messages(prompts: list[list[Message]]) -> pl.Series:
+    """Prompts as one column. Polars itself would make a small frame of every prompt, slowly."""
+    offsets = np.zeros(len(prompts) + 1, np.int64)
+    np.cumsum([len(prompt) for prompt in prompts], out=offsets[1:])
+    turns = [turn for prompt in prompts for turn in prompt]
+    roles = pa.array([turn["role"] for turn in turns], pa.large_string())
+    contents = pa.array([turn["content"] for turn in turns], pa.large_string())
+    structs = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
+    column = pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), structs))
+    assert isinstance(column, pl.Series)
+    return column.cast(MESSAGES)
 
 
 def _content(unit: Unit | Label | Candidate) -> dict[str, Any]:
@@ -68,13 +87,8 @@ def _content(unit: Unit | Label | Candidate) -> dict[str, Any]:
         "cut_off": _is_cut(unit.meta),
     }
     match unit:
-        case Unit(scores=None):
-            return {**common, **_sides(prompt, unit), "strength": unit.strength}
-        case Unit(scores=(chosen, rejected)):
-            strength = chosen - rejected if unit.strength is None else unit.strength
-            scores = {"chosen_score": chosen, "rejected_score": rejected}
-            meta = _packed({**scores, **unit.meta})
-            return {**common, **_sides(prompt, unit), **scores, "strength": strength, "meta": meta}
+        case Unit():
+            return {**common, **_preference(prompt, unit)}
         case Label():
             said = unit.desirable
             return {
@@ -85,7 +99,7 @@ def _content(unit: Unit | Label | Candidate) -> dict[str, Any]:
                 "unit_id": content_id("label", prompt, unit.completion, said),
                 "reverse_id": content_id("label", prompt, unit.completion, not said),
             }
-        case _:
+        case Candidate():
             identifier = content_id("candidate", prompt, unit.completion, unit.score)
             return {
                 **common,
@@ -97,14 +111,22 @@ def _content(unit: Unit | Label | Candidate) -> dict[str, Any]:
             }
 
 
-def _sides(prompt: Canonical, unit: Unit) -> dict[str, Any]:
-    return {
+def _preference(prompt: Canonical, unit: Unit) -> dict[str, Any]:
+    sides = {
         "kind": PAIR,
         "chosen": unit.chosen,
         "rejected": unit.rejected,
+        "strength": unit.strength,
         "unit_id": content_id("pair", prompt, unit.chosen, unit.rejected),
         "reverse_id": content_id("pair", prompt, unit.rejected, unit.chosen),
     }
+    if unit.scores is None:
+        return sides
+    chosen, rejected = unit.scores
+    scores = {"chosen_score": chosen, "rejected_score": rejected}
+    if unit.strength is None:
+        sides["strength"] = chosen - rejected
+    return {**sides, **scores, "meta": _packed({**scores, **unit.meta})}
 
 
 def _packed(meta: dict[str, object]) -> str:

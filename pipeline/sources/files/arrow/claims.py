@@ -5,6 +5,7 @@ them out; Arrow has verified by then that they are well-formed.
 """
 
 import struct
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 
@@ -20,13 +21,13 @@ MOST_PER_BYTE = 100
 """How many a longer one may claim for each byte of its batch."""
 
 
-def check_claims(source: pa.NativeFile) -> None:
-    """Read through the messages of a stream, unpacking nothing.
+def check_claims(messages: Iterable[pa.ipc.Message]) -> None:
+    """Look at what messages claim, unpacking nothing.
 
     Raises:
         SourceError: a batch claims more than is believed.
     """
-    for message in pa.ipc.MessageReader.open_stream(source):
+    for message in messages:
         if message.type not in ("record batch", "dictionary"):
             continue
         longest, unpacked = _claims(message)
@@ -35,6 +36,20 @@ def check_claims(source: pa.NativeFile) -> None:
             raise SourceError(f"a batch that unpacks to {unpacked:,} bytes is not read")
         if not 0 <= longest <= max(MANY_VALUES, MOST_PER_BYTE * n_bytes):
             raise SourceError(f"{longest:,} values in {n_bytes:,} bytes are not believed")
+
+
+def messages_of_file(source: pa.NativeFile) -> Iterator[pa.ipc.Message]:
+    """The messages that the footer of an Arrow file names, dictionaries first."""
+    size = source.size()
+    source.seek(size - 10)
+    (length,) = struct.unpack("<i6x", source.read())
+    source.seek(size - 10 - length)
+    footer = memoryview(source.read_buffer(length))
+    table = _follow(footer, 0)
+    for index in (2, 3):  # Footer.dictionaries, Footer.recordBatches
+        for block in _structs(footer, _field(footer, table, index), 24):
+            source.seek(_int64(footer, block))
+            yield pa.ipc.read_message(source)
 
 
 def _claims(message: pa.ipc.Message) -> tuple[int, int]:
@@ -72,13 +87,13 @@ def _field(data: memoryview, table: int, index: int) -> int:
     return table + offset if offset else 0
 
 
-def _structs(data: memoryview, field: int) -> range:
-    """Where the structs (of two int64) of a vector are."""
+def _structs(data: memoryview, field: int, n_bytes: int = 16) -> range:
+    """Where the structs of a vector are, each of so many bytes."""
     if not field:
         return range(0)
     vector = _follow(data, field)
     (length,) = struct.unpack_from("<I", data, vector)
-    return range(vector + 4, vector + 4 + 16 * length, 16)
+    return range(vector + 4, vector + 4 + n_bytes * length, n_bytes)
 
 
 def _int64(data: memoryview, at: int) -> int:

@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pipeline.intake.near import BANDS, NearIndex, band_keys, spoken, word_grams
 from pipeline.intake.parallel import in_order
-from pipeline.intake.splits import splits_of
+from pipeline.intake.prompts.near import BANDS, NearIndex, band_keys, spoken, word_grams
+from pipeline.intake.prompts.splits import splits_of
+from pipeline.intake.rows.units import UNIT_SCHEMA
 from pipeline.intake.spool import read_parts, write_parts
-from pipeline.intake.units import UNIT_SCHEMA
 from pipeline.plan import SplitConfig
 
 _COLUMNS = ["prompt_id", "prompt", "evaluation"]
+_KEYS = pl.Array(pl.UInt64, BANDS)
+_NOBODY = pl.DataFrame(
+    schema={"prompt_id": pl.String, "split": pl.String, "text": pl.String, "keys": _KEYS}
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ def search(tasks: Iterable[PromptTask], *, near: bool, grams: bool) -> Seen:
     if near or grams:
         files = list(in_order(_key_prompts, tasks))
         if near:
-            held = [_prompts(path, {"test", "evaluation"}) for path in files]
-            index = NearIndex(pl.concat([part["text"] for part in held]), _keys(pl.concat(held)))
+            held = pl.concat([_NOBODY, *(_prompts(path, {"test", "evaluation"}) for path in files)])
+            index = NearIndex(held["text"], _keys(held))
             for path in files:
                 part = _prompts(path, {"train"})
                 close = index.near(part["text"], _keys(part))
@@ -65,13 +69,13 @@ def _key_prompts(task: PromptTask) -> Path:
     prompts = units.group_by("prompt_id", maintain_order=True).agg(pl.col("prompt").first())
     prompts = prompts.join(splits_of(units, task.split), on="prompt_id", maintain_order="left")
     prompts = prompts.select("prompt_id", "split", text=spoken(pl.col("prompt")))
-    keys = pl.Series("keys", band_keys(prompts["text"]), dtype=pl.Array(pl.UInt64, BANDS))
+    keys = pl.Series("keys", band_keys(prompts["text"]), dtype=_KEYS)
     write_parts(task.prompts, prompts.with_columns(keys, part=pl.lit(0)), "part")
     return task.prompts
 
 
 def _prompts(path: Path, splits: set[str]) -> pl.DataFrame:
-    return read_parts([(path, 0)], None).filter(pl.col("split").is_in(splits))
+    return read_parts([(path, 0)], _NOBODY.schema).filter(pl.col("split").is_in(splits))
 
 
 def _keys(prompts: pl.DataFrame) -> np.ndarray:

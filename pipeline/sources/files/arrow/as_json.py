@@ -7,10 +7,13 @@ to, so that many rows with one long text take no memory before each is put toget
 from collections.abc import Iterator
 from json.encoder import encode_basestring as quoted
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
+_TEXTS = (types.is_string, types.is_large_string, types.is_string_view)
+_LISTS = (types.is_list, types.is_large_list, types.is_fixed_size_list)
 _FLOATS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
@@ -93,7 +96,7 @@ def _lists(array: pa.Array, limit: int) -> list[str]:
 def _leaves(array: pa.Array, limit: int) -> list[str]:
     kind = array.type
     if _is_text(kind):
-        _check(pc.sum(pc.binary_length(array)).as_py() or 0, limit)
+        _check(_text_bytes(array), limit)
         try:
             values = array.to_pylist()
         except UnicodeDecodeError:
@@ -121,12 +124,21 @@ def _leaves(array: pa.Array, limit: int) -> list[str]:
     return _with_nulls(array, [unsupported] * len(array))
 
 
+def _text_bytes(array: pa.Array) -> int:
+    if not types.is_string_view(array.type):
+        return pc.sum(pc.binary_length(array)).as_py() or 0
+    if not len(array):
+        return 0
+    views = np.frombuffer(array.buffers()[1], np.int32).reshape(-1, 4)  # each begins with a length
+    return int(views[array.offset : array.offset + len(array), 0].sum(dtype=np.int64))
+
+
 def _is_text(kind: pa.DataType) -> bool:
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return any(is_it(kind) for is_it in _TEXTS)
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return any(is_it(kind) for is_it in _LISTS)
 
 
 def _with_nulls(array: pa.Array, texts: list[str]) -> list[str]:
