@@ -15,8 +15,8 @@ from pipeline.losses import PairBatch
 from pipeline.models import Checkpoint, load_model
 from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
 from pipeline.progress import progress
-from pipeline.scoring.engines.base import Completion, sequence_sum
-from pipeline.scoring.engines.forward import pass_logprobs
+from pipeline.scoring.engines.base import Completion, Group, sequence_sum
+from pipeline.scoring.engines.forward import Forward
 from pipeline.scoring.engines.torch_engine import torch_device
 from pipeline.training.batches import TrainingPair, schedule_of, steps_per_epoch
 from schemas import TrainingStep, polars_schema
@@ -98,6 +98,7 @@ def train(
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("highest")
     model = _with_adapter(start, start_config, config)
+    forward = Forward(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
@@ -115,9 +116,9 @@ def train(
     with progress(f"train {name}", sum(len(batch) for batch in schedule), "pairs") as bar:
         for step, batch in enumerate(schedule, start=1):
             seen = []
-            statistics = _statistics(model, batch, step, objective, bar.advance)
+            statistics = _statistics(forward, batch, step, objective, bar.advance)
             for pair in batch:
-                seen.append(_backward(model, pair, objective, statistics, len(batch)))
+                seen.append(_backward(forward, pair, objective, statistics, len(batch)))
                 bar.advance(1, pair.n_tokens)
             metrics = _means(seen)
             if first is None:
@@ -181,7 +182,7 @@ def _with_adapter(
 
 
 def _statistics(
-    model: "PreTrainedModel",
+    forward: Forward,
     batch: list[TrainingPair],
     step: int,
     objective: ObjectiveConfig,
@@ -201,7 +202,7 @@ def _statistics(
         for pair in batch:
             replies = pair.mismatched_in(step)
             completions = [reply.completion for reply in replies]
-            logprobs = _sequence_logprobs(model, pair.prompt_ids, completions)
+            logprobs = _sequence_logprobs(forward, pair.prompt_ids, completions)
             for reply, logprob in zip(replies, logprobs, strict=True):
                 ratios.append(logprob.item() - reply.reference)
                 report(0, len(pair.prompt_ids) + len(reply.completion.ids))
@@ -212,7 +213,7 @@ def _statistics(
 
 
 def _backward(
-    model: "PreTrainedModel",
+    forward: Forward,
     pair: TrainingPair,
     objective: ObjectiveConfig,
     statistics: Mapping[str, float],
@@ -223,7 +224,7 @@ def _backward(
 
     spec, values = objective.spec, objective.values
     completions = [pair.chosen, pair.rejected]
-    sides = _sequence_logprobs(model, pair.prompt_ids, completions)
+    sides = _sequence_logprobs(forward, pair.prompt_ids, completions)
     references = (pair.reference_chosen, pair.reference_rejected)
     lengths = [float(len(completion.scored)) for completion in completions]
     constants = torch.tensor(
@@ -253,16 +254,19 @@ def _backward(
 
 
 def _sequence_logprobs(
-    model: "PreTrainedModel", prompt_ids: np.ndarray, completions: list[Completion]
+    forward: Forward, prompt_ids: np.ndarray, completions: list[Completion]
 ) -> "list[torch.Tensor]":
     """Log-probs of one prompt's sequences, float64 scalars of exactly the ledger's values.
 
-    They go in the passes the engine makes of them: the same shapes give the same bits at step 0.
+    Where it matters to the bits what goes through the model together, that is what the engine puts
+    together: the same shapes give the same bits at step 0.
     """
-    if len({completion.pass_id or completion.sequence_id for completion in completions}) == 1:
-        logprobs = pass_logprobs(model, prompt_ids, completions)
-    else:
-        logprobs = [pass_logprobs(model, prompt_ids, [c])[0] for c in completions]
+    one_pass = len({c.pass_id or c.sequence_id for c in completions}) == 1
+    together = forward.sharing.exact or one_pass
+    passes = [completions] if together else [[c] for c in completions]
+    logprobs = [
+        row for members in passes for row in forward.logprobs([Group(prompt_ids, (*members,))])[0]
+    ]
     totals = []
     for row in logprobs:
         total = row.double().sum()
