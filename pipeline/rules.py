@@ -136,7 +136,8 @@ _RULES = [
          "U+FFFD, control, zero-width or bidirectional control characters", _FLAG),
     Rule("template_date", 25, "tokenise", "refuse",
          "the template shows today's date and none is pinned"),
-    Rule("confounds", 26, "report", "inform", "one feature alone against the label"),
+    Rule("confounds", 26, "report", "inform",
+         "one feature of the text alone against the label (table `confounds`)"),
 ]  # fmt: skip
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in _RULES}

@@ -21,6 +21,7 @@ from pipeline.names import key_of, policy_id_of, reported_pairs, scored_by, want
 from pipeline.plan import ModelConfig, ObjectiveConfig, Plan
 from pipeline.report import RenderedReport, ReportInput, render
 from pipeline.rewards import reward_table
+from pipeline.rules import rule_table
 from pipeline.scoring.ledger import ScorerKey, last_trust, read_logprobs, scorers
 from pipeline.scoring.run import ScoringResult, score_sequences, scorer_key
 from pipeline.store import (
@@ -51,6 +52,7 @@ from schemas import (
     LossLandscape,
     PairSequence,
     Reward,
+    RuleCount,
     Scorer,
     Sequence,
     Tokenization,
@@ -73,6 +75,7 @@ class TokenizeResult:
     n_tokens: int
     n_boundary_merges: int
     untokenized_by_rule: dict[str, int]
+    rules: pl.DataFrame
     kl_rows: dict[str, int]
 
 
@@ -156,7 +159,14 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     }
     for name, table in kl.items():
         publish(store, f"kl_sequences/{name}", table, KlSequence)
-    rules = ways.untokenized["rule"].value_counts().sort("rule")
+    by_rule = dict(ways.untokenized["rule"].value_counts().sort("rule").iter_rows())
+    found = {
+        "boundary_merge": ways.ways.filter("boundary_merge").height,
+        "control_tokens": ways.ways.filter(pl.col("control_tokens") > 0).height
+        + by_rule.get("control_tokens", 0),
+    }
+    rules = rule_table(("tokenise",), {**by_rule, **found}, n_pairs, plan.actions, plan.limits)
+    publish(store, "rule_counts/tokenise", rules, RuleCount)
     return TokenizeResult(
         n_pairs=n_pairs,
         sequences=sequences,
@@ -164,8 +174,9 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
         untokenized=publish(store, "untokenized_pairs", ways.untokenized, UntokenizedPair),
         tokenization_id=identity["tokenization_id"][0],
         n_tokens=n_tokens,
-        n_boundary_merges=ways.ways.filter("boundary_merge").height,
-        untokenized_by_rule=dict(rules.iter_rows()),
+        n_boundary_merges=found["boundary_merge"],
+        untokenized_by_rule=by_rule,
+        rules=rules,
         kl_rows={name: table.height for name, table in kl.items()},
     )
 

@@ -200,20 +200,21 @@ def _write_pieces(
     waiting, n_waiting, n_rows = [], 0, 0
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         for piece in pieces:
-            waiting.append(piece)
+            # As Arrow at once: a Polars frame may keep much larger text alive that it is a part of.
+            waiting.append(_arrow(piece, schema))
             n_waiting += piece.height
             n_rows += piece.height
             while n_waiting >= _GROUP_ROWS:
-                together = pl.concat(waiting)
-                writer.write_table(_arrow(together[:_GROUP_ROWS], schema), _GROUP_ROWS)
+                together = pa.concat_tables(waiting)
+                writer.write_table(together[:_GROUP_ROWS].combine_chunks(), _GROUP_ROWS)
                 waiting, n_waiting = [together[_GROUP_ROWS:]], n_waiting - _GROUP_ROWS
         if n_waiting:
-            writer.write_table(_arrow(pl.concat(waiting), schema), _GROUP_ROWS)
+            writer.write_table(pa.concat_tables(waiting).combine_chunks(), _GROUP_ROWS)
     return n_rows
 
 
 def _arrow(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
-    return frame.to_arrow().cast(schema).combine_chunks()
+    return frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
 
 
 def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataFrame:

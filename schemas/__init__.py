@@ -2,6 +2,7 @@
 
 from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema, require_validation
 from schemas.intake import (
+    Confound,
     InputRow,
     LabelCandidate,
     PairCandidate,
@@ -29,6 +30,7 @@ __all__ = [
     "MESSAGES",
     "SPANS",
     "TOKEN_IDS",
+    "Confound",
     "InputRow",
     "KlSequence",
     "LabelCandidate",

@@ -56,6 +56,14 @@ class Scorer(Table):
     versions: str = pa.Field(metadata={"role": "provenance"}, description="Full versions, JSON.")
     host: str = pa.Field(metadata={"role": "provenance"})
     created_at: str = pa.Field(metadata={"role": "provenance"}, description="UTC, ISO 8601.")
+    shared_prompts: bool = pa.Field(
+        nullable=True,
+        metadata={"role": "provenance"},
+        description="Prompts were computed once for all their completions.",
+    )
+    shared_prompts_reason: str = pa.Field(
+        nullable=True, metadata={"role": "provenance"}, description="Why not; empty if they were."
+    )
 
 
 def identity_fields(of: str) -> list[str]:

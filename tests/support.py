@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.intake import run_intake
 from pipeline.names import store_of
 from pipeline.plan import Plan, load_plan
-from pipeline.scoring.engines.base import Group, Numerics
+from pipeline.scoring.engines.base import Group, Numerics, Sharing
 from pipeline.stages import score, tokenize
 from pipeline.store import Store
 
@@ -118,6 +118,7 @@ class FakeEngine:
     def __init__(self, salt: str = "") -> None:
         self.salt = salt
         self.scored: list[str] = []
+        self.sharing = Sharing(True)
 
     def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
         result = []

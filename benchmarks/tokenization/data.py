@@ -23,9 +23,9 @@ def conversations(n: int, seed: int = 0) -> list[dict[str, Any]]:
     said = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")]
     sentences = [s for text in asked + said for s in re.split(r"(?<=[.!?])\s+", text) if s]
 
-    def message(role: str, number: int) -> dict[str, str]:
+    def message(role: str, mark: str) -> dict[str, str]:
         words = " ".join(draw.choices(sentences, k=draw.randint(1, 4)))
-        return {"role": role, "content": f"{words} ({number})"}
+        return {"role": role, "content": f"{words} ({mark})"}
 
     made: list[dict[str, Any]] = []
     for number in range(n):
@@ -34,8 +34,9 @@ def conversations(n: int, seed: int = 0) -> list[dict[str, Any]]:
         else:
             turns = draw.randint(1, 4)
             roles = ["user", "assistant"] * (turns - 1) + ["user"]
-            prompt = [message(role, number) for role in roles]
-        pair = {side: [message("assistant", number)] for side in ("chosen", "rejected")}
+            prompt = [message(role, f"{number}") for role in roles]
+        sides = ("chosen", "rejected")
+        pair = {side: [message("assistant", f"{number} {side[0]}")] for side in sides}
         made.append({"prompt": prompt, **pair})
     return made
 

@@ -41,7 +41,7 @@ def ours(rows: list[dict[str, Any]], tokenizer: Any) -> tuple[dict[str, float], 
     lengths = table.select("sequence_id", n=pl.col("n_prompt") + pl.col("n_scored"))
     sides = pl.concat([ways.ways[side] for side in ("chosen_id", "rejected_id")])
     joined = pl.DataFrame({"sequence_id": sides}).join(lengths, on="sequence_id")
-    return spent, joined["n"].sum()
+    return spent, int(joined["n"].sum())
 
 
 def trl(
@@ -54,7 +54,7 @@ def trl(
 
     disable_progress_bar()
     data = Dataset.from_list(rows)
-    args = SimpleNamespace(
+    args: Any = SimpleNamespace(
         dataset_num_proc=n_processes, max_length=2048, truncation_mode="keep_start"
     )
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)

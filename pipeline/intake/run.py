@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.errors import SourceError, StoreError
+from pipeline.intake.confounds import confound_table, count_confounds
 from pipeline.intake.law import (
     PLACE_SCHEMA,
     count_fates,
@@ -37,6 +38,7 @@ from pipeline.rules import INTAKE, rule_table
 from pipeline.sources import RawRow
 from pipeline.store import Store, TableSnapshot, publish, publish_pieces
 from schemas import (
+    Confound,
     InputRow,
     PreferenceLabel,
     PreferencePair,
@@ -63,6 +65,7 @@ class IntakeResult:
     rows: TableSnapshot
     quarantine: TableSnapshot
     rule_counts: TableSnapshot
+    confounds: pl.DataFrame
     law: pl.DataFrame
     rules: pl.DataFrame
     examples: pl.DataFrame
@@ -79,6 +82,7 @@ class _Counts:
 
     fates: Counter[tuple[str, str]]
     splits: Counter[str]
+    confounds: Counter[tuple[str, str]]
     votes: int = 0
     in_two_splits: int = 0
     trained_near_eval: int = 0
@@ -114,7 +118,7 @@ def _run(plan: Plan, store: Store, spool: Path) -> IntakeResult:
         ]
     ).sort("ordinal", "unit")
 
-    counts = _Counts(Counter(), Counter())
+    counts = _Counts(Counter(), Counter(), Counter())
     examples = _Examples()
     pairs = publish_pieces(store, "pairs", _pairs(judged, spool, counts), PreferencePair)
     labels = publish_pieces(store, "labels", _labels(judged, spool, counts), PreferenceLabel)
@@ -127,12 +131,15 @@ def _run(plan: Plan, store: Store, spool: Path) -> IntakeResult:
     by_rule["duplicate"] = sum(n for (_, fate), n in counts.fates.items() if fate == "merged")
     by_rule["byte_order_mark"] = sum(chunk.n_byte_order_marks for chunk in read)
     rules = rule_table(INTAKE, by_rule + flags, sum(n_read.values()), plan.actions, plan.limits)
+    confounds = confound_table(counts.confounds)
+    publish(store, "confounds", confounds, Confound)
     result = IntakeResult(
         pairs=pairs,
         labels=labels,
         rows=rows,
         quarantine=quarantine,
         rule_counts=publish(store, "rule_counts/intake", rules, RuleCount),
+        confounds=confounds,
         law=row_law(counts.fates, n_read, counts.votes),
         rules=rules,
         examples=examples.frame(),
@@ -243,6 +250,7 @@ def _pairs(judged: list[JudgedBucket], spool: Path, counts: _Counts) -> Iterator
             counts.trained_near_eval += table.filter(trained).height
         counts.splits.update(pairs["split"].to_list())
         counts.votes += int(pairs["votes"].sum())
+        counts.confounds += count_confounds(pairs)
         yield pairs
 
 

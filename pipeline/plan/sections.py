@@ -216,8 +216,8 @@ class ScoringConfig(_Section):
     batch_tokens: int | None = Field(
         default=None,
         ge=0,
-        description="Tokens per forward pass, 0: one sequence or pair; null: 0 for torch on a CPU "
-        "(its best), 8192 elsewhere. vLLM batches by itself, and knows only 0 and more than 0.",
+        description="Tokens per forward pass, 0: one sequence or pair; null: 1024 for torch on a "
+        "CPU, 8192 elsewhere. vLLM batches by itself, and knows only 0 and more than 0.",
     )
     null_test: Literal["when_scored", "always"] = "when_scored"
     null_test_rows: int = Field(default=8, ge=1)

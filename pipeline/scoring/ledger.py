@@ -54,7 +54,7 @@ class ScorerKey:
 
 
 def append(
-    key: ScorerKey, logprobs: pl.DataFrame, tokens: pl.DataFrame, provenance: dict[str, str]
+    key: ScorerKey, logprobs: pl.DataFrame, tokens: pl.DataFrame, provenance: dict[str, Any]
 ) -> None:
     """Commit scored sequences: all of them or none.
 
@@ -62,7 +62,7 @@ def append(
         key: the scorer.
         logprobs: `schemas.LogProb` rows.
         tokens: `schemas.TokenLogProb` rows of the same sequences.
-        provenance: `checkpoint, versions, host, created_at` of this commit.
+        provenance: the columns of `schemas.Scorer` so marked, of this commit.
 
     Raises:
         pandera.errors.SchemaErrors: the rows break their contract.

@@ -160,8 +160,12 @@ def _score_part(engine: Engine, part: _Part, report: Report | None) -> tuple[int
                 rows.append((completion.sequence_id, logprobs))
             if report is not None:
                 report(len(group.completions), group.n_tokens)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    append(part.key, *_frames(part.key, rows), {**part.provenance, "created_at": now})
+    how = {
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "shared_prompts": engine.sharing.shared,
+        "shared_prompts_reason": engine.sharing.reason,
+    }
+    append(part.key, *_frames(part.key, rows), {**part.provenance, **how})
     return (len(rows), sum(group.n_tokens for group in part.groups)) if report is None else (0, 0)
 
 

@@ -13,6 +13,7 @@ from pipeline.errors import TrainingError
 from pipeline.models import Checkpoint, load_model
 from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
 from pipeline.progress import progress
+from pipeline.scoring.engines.forward import Forward
 from pipeline.scoring.engines.torch_engine import torch_device
 from pipeline.training.batches import TrainingPair, schedule_of, steps_per_epoch
 from pipeline.training.step import backward, look_ahead
@@ -94,6 +95,7 @@ def train(
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("highest")
     model = _with_adapter(start, start_config, config)
+    forward = Forward(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
@@ -112,10 +114,10 @@ def train(
     with progress(f"train {name}", sum(len(batch) for batch in schedule), "pairs") as bar:
         for step, batch in enumerate(schedule, start=1):
             seen = []
-            ahead = look_ahead(model, batch, step, objective, statistics, bar.advance)
+            ahead = look_ahead(forward, batch, step, objective, statistics, bar.advance)
             statistics = ahead.statistics
             for pair, row in zip_longest(batch, ahead.rows):
-                seen.append(backward(model, pair, objective, statistics, len(batch), row))
+                seen.append(backward(forward, pair, objective, statistics, len(batch), row))
                 bar.advance(1, pair.n_tokens)
             metrics = _means(seen)
             if first is None:

@@ -10,13 +10,12 @@ import numpy as np
 from pipeline.errors import TrainingError
 from pipeline.losses import PairBatch
 from pipeline.plan import ObjectiveConfig
-from pipeline.scoring.engines.base import Completion, sequence_sum
-from pipeline.scoring.engines.forward import pass_logprobs
+from pipeline.scoring.engines.base import Completion, Group, sequence_sum
+from pipeline.scoring.engines.forward import Forward
 from pipeline.training.batches import Mismatched, TrainingPair
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 Report = Callable[[int, int], None]
 """Takes pairs and tokens done."""
@@ -45,7 +44,7 @@ class Ahead:
 
 
 def look_ahead(
-    model: "PreTrainedModel",
+    forward: Forward,
     batch: list[TrainingPair],
     step: int,
     objective: ObjectiveConfig,
@@ -60,7 +59,7 @@ def look_ahead(
     and its slopes are kept: the pass that follows hands them on to the weights.
 
     Args:
-        model: the policy.
+        forward: the policy.
         batch: the step's pairs.
         step: its number.
         objective: the loss and its values.
@@ -75,13 +74,13 @@ def look_ahead(
     spec, values = objective.spec, objective.values
     statistics: dict[str, float] = {}
     if spec.needs_kl:
-        statistics["kl"] = _kl(model, batch, step, objective, report)
+        statistics["kl"] = _kl(forward, batch, step, objective, report)
     if not spec.needs_batch:
         return Ahead(statistics, [])
     singles = []
     with torch.no_grad():
         for pair in batch:
-            sides = sequence_logprobs(model, pair.prompt_ids, [pair.chosen, pair.rejected])
+            sides = sequence_logprobs(forward, pair.prompt_ids, [pair.chosen, pair.rejected])
             singles.append(_pair_batch(pair, sides))
             report(0, pair.n_tokens)
     whole = _joined(singles)
@@ -95,7 +94,7 @@ def look_ahead(
 
 
 def backward(
-    model: "PreTrainedModel",
+    forward: Forward,
     pair: TrainingPair,
     objective: ObjectiveConfig,
     statistics: Mapping[str, float],
@@ -105,7 +104,7 @@ def backward(
     """Add one pair's share of the step's gradient; returns its numbers before the update.
 
     Args:
-        model: the policy.
+        forward: the policy.
         pair: the pair.
         objective: the loss and its values.
         statistics: what the loss knows of the whole step.
@@ -115,7 +114,7 @@ def backward(
     import torch
 
     spec, values = objective.spec, objective.values
-    sides = sequence_logprobs(model, pair.prompt_ids, [pair.chosen, pair.rejected])
+    sides = sequence_logprobs(forward, pair.prompt_ids, [pair.chosen, pair.rejected])
     batch = _pair_batch(pair, sides)
     if row is None:
         of_pair = spec.loss(batch, values, statistics)[0]
@@ -147,16 +146,19 @@ def backward(
 
 
 def sequence_logprobs(
-    model: "PreTrainedModel", prompt_ids: np.ndarray, completions: list[Completion]
+    forward: Forward, prompt_ids: np.ndarray, completions: list[Completion]
 ) -> "list[torch.Tensor]":
     """Log-probs of one prompt's sequences, float64 scalars of exactly the ledger's values.
 
-    They go in the passes the engine makes of them: the same shapes give the same bits at step 0.
+    Where it matters to the bits what goes through the model together, that is what the engine puts
+    together: the same shapes give the same bits at step 0.
     """
-    if len({completion.pass_id or completion.sequence_id for completion in completions}) == 1:
-        logprobs = pass_logprobs(model, prompt_ids, completions)
-    else:
-        logprobs = [pass_logprobs(model, prompt_ids, [c])[0] for c in completions]
+    one_pass = len({c.pass_id or c.sequence_id for c in completions}) == 1
+    together = forward.sharing.exact or one_pass
+    passes = [completions] if together else [[c] for c in completions]
+    logprobs = [
+        row for members in passes for row in forward.logprobs([Group(prompt_ids, (*members,))])[0]
+    ]
     totals = []
     for row in logprobs:
         total = row.double().sum()
@@ -166,7 +168,7 @@ def sequence_logprobs(
 
 
 def _kl(
-    model: "PreTrainedModel",
+    forward: Forward,
     batch: list[TrainingPair],
     step: int,
     objective: ObjectiveConfig,
@@ -179,7 +181,7 @@ def _kl(
         for pair in batch:
             replies: tuple[Mismatched, ...] = pair.mismatched_in(step)
             completions = [reply.completion for reply in replies]
-            logprobs = sequence_logprobs(model, pair.prompt_ids, completions)
+            logprobs = sequence_logprobs(forward, pair.prompt_ids, completions)
             for reply, logprob in zip(replies, logprobs, strict=True):
                 ratios.append(logprob.item() - reply.reference)
                 report(0, len(pair.prompt_ids) + len(reply.completion.ids))

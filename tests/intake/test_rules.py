@@ -348,3 +348,49 @@ def test_examples_are_the_first_five_of_each_rule(desk: Desk) -> None:
     assert result.examples.select("row", "rule").rows() == [
         *((i, "invalid_json") for i in range(5)), (10, "identical_replies"),
     ]  # fmt: skip
+
+
+def test_confounds_are_what_duckdb_counts(desk: Desk) -> None:
+    r = random.Random(1)
+
+    def text() -> str:
+        parts = [
+            "word",
+            "- item\n",
+            "1. one\n",
+            "# Head\n",
+            "**b**",
+            "7",
+            "?",
+            "!",
+            "\n",
+            "```x```",
+        ]
+        return "".join(r.choices(parts, k=r.randint(1, 12))) + str(r.random())
+
+    rows = [row(f"q{i}", text(), text()) for i in range(300)]
+    rows += [row(f"no {i}", "Sure.", "I'm sorry, I can't help with that.") for i in range(50)]
+    desk.write("s.jsonl", lines(*rows))
+    result = desk.run("s", rules={"near_eval": "off"})
+    found = {f: (more, less, auc) for f, _, more, less, auc in result.confounds.iter_rows()}
+    n = desk.ask("select count(*) from pairs")[0][0]
+    counted = {
+        "characters": "length(%s)",
+        "lines": "length(%s) - length(replace(%s, chr(10), ''))",
+        "digits": "length(regexp_replace(%s, '[^0-9]', '', 'g'))",
+        "question_marks": "length(regexp_replace(%s, '[^?]', '', 'g'))",
+        "exclamation_marks": "length(regexp_replace(%s, '[^!]', '', 'g'))",
+        "list_items": r"len(regexp_extract_all(%s, '(?m)^\s*([-*•]|\d+[.)])\s'))",
+        "markdown": r"len(regexp_extract_all(%s, '(?m)^#{1,6}\s|\*\*|```'))",
+        "refusal": "contains(%s, 'sorry')::int",
+    }
+    assert found.keys() == counted.keys()
+    for feature, sql in counted.items():
+        a, b = (sql.replace("%s", side) for side in ("chosen", "rejected"))
+        ((more, less),) = desk.ask(
+            f"select count(*) filter ({a} > {b}), count(*) filter ({a} < {b}) from pairs"
+        )
+        assert found[feature][:2] == (more, less), feature
+        assert found[feature][2] == pytest.approx((more + (n - more - less) / 2) / n)
+    assert found["refusal"] == (0, 50, pytest.approx(0.5 - 25 / n))
+    assert found["digits"][0] > 0

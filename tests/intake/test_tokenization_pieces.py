@@ -90,11 +90,14 @@ def test_a_prompt_is_rendered_once_for_all_its_pairs(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = Encoder(tokenizer, TokenizationConfig())
-    asked = []
+    asked: list[Any] = []
     render = encoder.renderer.render
-    monkeypatch.setattr(
-        encoder.renderer, "render", lambda batch: (asked.extend(batch), render(batch))[1]
-    )
+
+    def noted(batch: list[Any]) -> Any:
+        asked.extend(batch)
+        return render(batch)
+
+    monkeypatch.setattr(encoder.renderer, "render", noted)
     ranked = [pair("q", a, b) for a in "abcd" for b in "abcd" if a < b]
     tables = tokenize_pairs(pl.DataFrame([*ranked, pair("r")]), encoder)
     assert tables.pair_sequences.height == 7
@@ -167,7 +170,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         "from pipeline.tokenization import sorted_rows\n"
         "schema = pl.Schema({'key': pl.String, 'ids': pl.List(pl.Int32)})\n"
         "draw, n = np.random.default_rng(0), 0\n"
-        "ids = pl.Series('ids', [np.arange(1000)] * 1000, dtype=pl.List(pl.Int32))\n"
+        "ids = pl.Series('ids', [list(range(1000))] * 1000, dtype=pl.List(pl.Int32))\n"
         "with sorted_rows(schema, Path(sys.argv[1]), ['key']) as rows:\n"
         "    for _ in range(200):\n"
         "        keys = [f'{k:016x}'[::-1] for k in draw.integers(0, 1 << 62, 1000)]\n"
@@ -178,7 +181,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         "print(n, int(status.split()[0]) // 1024)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     n, peak = map(int, done.stdout.split())
     assert n == 200_000
     assert peak < 900, "800 MB of ids and 200 MB of libraries, were they held"
@@ -252,12 +255,12 @@ def test_pairs_and_labels_share_their_sequences(tokenizer: Any, tmp_path: Path) 
         of_pairs = pair_ways(iter([pairs]), encoder, rows.add)
         of_labels = label_ways(iter([labels]), encoder, rows.add)
         found = pl.concat(rows.pieces())
-    alone = [tokenize_pairs(pairs, encoder), tokenize_labels(labels, encoder)]
-    everything = pl.concat([one.sequences for one in alone])
+    alone, beside = tokenize_pairs(pairs, encoder), tokenize_labels(labels, encoder)
+    everything = pl.concat([alone.sequences, beside.sequences])
     assert found.equals(everything.unique("sequence_id").sort("sequence_id"))
     assert found.height == everything.height - 1, "'the answer' is in both"
-    assert of_pairs.ways.equals(alone[0].pair_sequences)  # type: ignore[union-attr]
-    assert of_labels.ways.equals(alone[1].label_sequences)  # type: ignore[union-attr]
+    assert of_pairs.ways.equals(alone.pair_sequences)
+    assert of_labels.ways.equals(beside.label_sequences)
 
 
 # The stage

@@ -55,8 +55,14 @@ def change_json(path: Path, **fields: Any) -> None:
 class Oracle:
     """A model in float64, its adapter merged; plain `log_softmax`, one sequence at a time."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float64)
+    def __init__(self, checkpoint: Checkpoint, attention: str = "eager") -> None:
+        # Eager: sdpa leaves soft-capping out, and experts' grouped products know no float64.
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=torch.float64,
+            attn_implementation=attention,
+            experts_implementation="eager",
+        )
         if checkpoint.adapter is not None:
             from peft import PeftModel
 

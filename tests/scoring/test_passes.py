@@ -1,108 +1,25 @@
-"""A pair's two replies in one forward pass: the same numbers as alone, and where it is not done."""
+"""Which sequences share a pass where it matters to the bits, and that training starts there."""
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
 from support import build_tiny_model, prepared
-from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from pipeline.models import Checkpoint, load_model
 from pipeline.names import wanted_sequences
 from pipeline.plan import ModelConfig
 from pipeline.scoring.engines.base import groups_of, sequence_sum
-from pipeline.scoring.engines.forward import pass_logprobs, shares_prompts
+from pipeline.scoring.engines.forward import Forward
 from pipeline.scoring.engines.torch_engine import TorchEngine
 from pipeline.scoring.passes import with_passes
 from pipeline.stages import train
 from pipeline.store import read
-from scoring.oracle import Oracle, completion, random_ids
 
 WritePlan = Any
-SIZES = {
-    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": 2,
-}  # fmt: skip
-SHARING = ["llama", "mistral", "qwen2", "qwen3"]
-
-
-def tiny(directory: Path, family: str, **config: Any) -> Checkpoint:
-    from transformers import AutoConfig
-
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **config}))
-    model.save_pretrained(directory / family)
-    return Checkpoint(directory / family)
-
-
-def loaded(checkpoint: Checkpoint, attention: str = "sdpa") -> Any:
-    return load_model(checkpoint, dtype="float32", attention=attention, device="cpu")
-
-
-def some_pair(seed: int) -> tuple[np.ndarray, list[Any]]:
-    draw = np.random.default_rng(seed)
-    prompt = np.array(random_ids(int(draw.integers(1, 40)), seed), np.int32)
-    sides = [random_ids(int(draw.integers(2, 30)), seed + k) for k in (1, 2)]
-    return prompt, [
-        completion("b", sides[0]),
-        # Only a part of it counts, as in a conversation with several turns.
-        completion("a", sides[1], (0, 1), (len(sides[1]) - 1, len(sides[1]))),
-    ]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", SHARING)
-def test_together_is_alone_in_float64(tmp_path: Path, family: str, attention: str) -> None:
-    checkpoint = tiny(tmp_path, family, use_sliding_window=False, sliding_window=None)
-    model, oracle = loaded(checkpoint, attention), Oracle(checkpoint)
-    assert shares_prompts(model)
-    other = 0.0
-    for seed in range(20, 30):
-        prompt, completions = some_pair(seed)
-        with torch.inference_mode():
-            together = pass_logprobs(model, prompt, completions)
-        for logprobs, c in zip(together, completions, strict=True):
-            expected = oracle.logprobs(prompt, c.ids)[c.scored]
-            assert np.abs(logprobs.numpy() - expected).max() < 1e-4
-        # The control: a second reply that saw the first one.
-        seen = oracle.logprobs(np.concatenate([prompt, completions[1].ids]), completions[0].ids)
-        other = max(other, np.abs(together[0].numpy() - seen[completions[0].scored]).max())
-    assert other > 0.1
-
-
-def test_the_order_of_the_two_does_not_change_a_bit(tmp_path: Path) -> None:
-    model = loaded(tiny(tmp_path, "llama"))
-    prompt, completions = some_pair(5)
-    with torch.inference_mode():
-        one = pass_logprobs(model, prompt, completions)
-        other = pass_logprobs(model, prompt, completions[::-1])[::-1]
-    for a, b in zip(one, other, strict=True):
-        assert a.equal(b)
-
-
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        ("mistral", {"sliding_window": 4}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
-        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
-    ],
-)
-def test_what_cannot_share_goes_alone(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
-    checkpoint = tiny(tmp_path, family, **config)
-    model, oracle = loaded(checkpoint, "eager"), Oracle(checkpoint)
-    assert not shares_prompts(model)
-    for seed in range(3):
-        prompt, completions = some_pair(40 + seed)
-        with torch.inference_mode():
-            scored = pass_logprobs(model, prompt, completions)
-        for logprobs, c in zip(scored, completions, strict=True):
-            expected = oracle.logprobs(prompt, c.ids)[c.scored]
-            assert np.abs(logprobs.numpy() - expected).max() < 1e-4
 
 
 def test_only_pairs_that_own_their_sequences_share_a_pass() -> None:
@@ -142,13 +59,13 @@ def test_the_engine_makes_one_pass_of_a_pair(
     plan, store = prepared(write_plan())
     engine = TorchEngine(ModelConfig(checkpoint=str(tiny_model)), Checkpoint(tiny_model))
     passes = []
-    forward = type(engine._model).forward
+    body = LlamaModel.forward
 
     def counted(self: Any, *arguments: Any, **keywords: Any) -> Any:
         passes.append(keywords["input_ids"].shape)
-        return forward(self, *arguments, **keywords)
+        return body(self, *arguments, **keywords)
 
-    monkeypatch.setattr(type(engine._model), "forward", counted)
+    monkeypatch.setattr(LlamaModel, "forward", counted)
     together = groups_of(wanted_sequences(plan, store, "base"))
     alone = groups_of(read(store, "sequences"))
     shared, single = engine.score(together, 0), engine.score(alone, 0)
@@ -190,7 +107,8 @@ def test_training_starts_exactly_at_the_ledger_whatever_shares_a_pass(
 def test_another_model_does_not_start_there(write_plan: WritePlan, tmp_path: Path) -> None:
     """The control of the test above: weights the ledger does not hold."""
     plan, store = prepared(write_plan())
-    other = loaded(Checkpoint(build_tiny_model(tmp_path / "other", seed=9)))
+    another = Checkpoint(build_tiny_model(tmp_path / "other", seed=9))
+    other = load_model(another, dtype="float32", attention="sdpa", device="cpu")
     held = dict(
         pl.read_parquet(next((store.root / "ledger").rglob("logprobs/*.parquet")))
         .select("sequence_id", "logprob")
@@ -198,6 +116,6 @@ def test_another_model_does_not_start_there(write_plan: WritePlan, tmp_path: Pat
     )
     group = groups_of(wanted_sequences(plan, store, "base"))[0]
     with torch.inference_mode():
-        logprobs = pass_logprobs(other, group.prompt_ids, list(group.completions))
+        (logprobs,) = Forward(other).logprobs([group])
     for row, c in zip(logprobs, group.completions, strict=True):
         assert abs(sequence_sum(row.numpy()) - held[c.sequence_id]) > 0.1

@@ -21,6 +21,7 @@ from pipeline.losses.table import statistics_of
 from pipeline.models import Checkpoint
 from pipeline.names import key_of
 from pipeline.plan import ObjectiveConfig
+from pipeline.scoring.engines.forward import Forward
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import train
 from pipeline.store import read
@@ -214,9 +215,10 @@ def test_a_step_of_single_pairs_has_the_whole_batchs_gradient(
                 parameter.data = torch.randn_like(parameter) * 0.05
         if ahead_of_it:
             config = objective(STEPS[name])
-            ahead = look_ahead(model, pairs, 2, config, {"running": 1.0}, lambda *_: None)
+            forward = Forward(model)
+            ahead = look_ahead(forward, pairs, 2, config, {"running": 1.0}, lambda *_: None)
             seen = [
-                backward(model, pair, config, ahead.statistics, len(pairs), row)["loss"]
+                backward(forward, pair, config, ahead.statistics, len(pairs), row)["loss"]
                 for pair, row in zip(pairs, ahead.rows, strict=True)
             ]
         else:
@@ -269,9 +271,9 @@ def test_strengths_reach_the_loss_and_the_identity(write_plan: WritePlan) -> Non
     assert values_digest(weak) != values_digest(strong)
     assert values_digest(the_pairs(plan, store)) not in (values_digest(weak), values_digest(strong))
     start = Checkpoint(Path(plan.models["base"].checkpoint))
-    model = _with_adapter(start, plan.models["base"], plan.training)
+    forward = Forward(_with_adapter(start, plan.models["base"], plan.training))
     found = [
-        backward(model, pairs[0], objective("rpo_sq"), {}, 1)["loss"] for pairs in (weak, strong)
+        backward(forward, pairs[0], objective("rpo_sq"), {}, 1)["loss"] for pairs in (weak, strong)
     ]
     assert found == pytest.approx([1.0, 4.0]), "(0 - strength)^2 at the start"
     some = pl.Series([None, *[1.0] * (n - 1)], dtype=pl.Float64)

@@ -18,6 +18,7 @@ from pipeline.models import Checkpoint, load_model
 from pipeline.names import key_of
 from pipeline.plan import Plan, TrainingConfig, load_plan
 from pipeline.scoring.engines.base import Completion
+from pipeline.scoring.engines.forward import Forward
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import compute_rewards, score, train
 from pipeline.store import Store, read
@@ -80,8 +81,10 @@ def test_gradients_equal_autograd_in_float64(write_plan: WritePlan) -> None:
         if "lora_B" in name:  # at its start B is 0, and A's gradient with it
             parameter.data = torch.randn_like(parameter) * 0.05
         twins[name].data = parameter.data.double()
+    forward = Forward(single)
+    assert forward.sharing.shared
     for pair in pairs:
-        backward(single, pair, objective, {}, len(pairs))
+        backward(forward, pair, objective, {}, len(pairs))
     losses = [written_out(double, pair, objective.values["beta"]) for pair in pairs]
     torch.autograd.backward(torch.stack(losses).mean())
     mine, oracle = (

@@ -55,13 +55,13 @@ def open_engine(config: ModelConfig, checkpoint: Checkpoint, longest: int) -> En
 def batching_of(settings: ScoringConfig, numerics: Numerics) -> Batching:
     """The plan's settings, with what suits engine and device where it leaves them open."""
     on_cpu = numerics.device_class == "cpu"
-    alone = on_cpu and numerics.engine != "vllm"
     batch_tokens = settings.batch_tokens
     if batch_tokens is None:
-        batch_tokens = 0 if alone else 8192
+        batch_tokens = 1024 if on_cpu and numerics.engine != "vllm" else 8192
     commit_rows = settings.commit_rows or (64 if on_cpu else 2048)
+    # Several batches at once, to be divided among cores.
+    call_tokens = 8 * batch_tokens if on_cpu else batch_tokens
     # vLLM batches what it is given by itself, so on a GPU it gets a whole part.
-    call_tokens = batch_tokens
     if numerics.engine == "vllm":
         call_tokens = CPU_CALL_TOKENS if on_cpu else 1 << 40
     return Batching(commit_rows, batch_tokens, call_tokens)

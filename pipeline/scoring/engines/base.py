@@ -80,14 +80,34 @@ class Group:
         return sum(len(self.prompt_ids) + len(c.ids) for c in self.completions)
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """Whether a model's prompts are computed once for several completions, as an engine found.
+
+    Attributes:
+        shared: they are.
+        reason: why not; empty if they are.
+        exact: what else is computed with a sequence changes no bit of it, as far as was seen.
+    """
+
+    shared: bool
+    reason: str = ""
+    exact: bool = False
+
+
 class Engine(Protocol):
     """Computes log-probs. An engine owns a loaded model and is closed by whoever opened it."""
+
+    @property
+    def sharing(self) -> Sharing:
+        """Whether it shares prompts; goes on record with the scorer."""
+        ...
 
     def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
         """Per group and completion, the log-probs of its scored tokens: float32 [n_scored], nats.
 
-        `batch_tokens` bounds a forward pass, padding included; 0 means one at a time: a sequence,
-        or those that share a pass.
+        `batch_tokens` bounds a forward pass, padding included, a shared prompt counted once; 0
+        means one at a time: a sequence, or those that share a pass.
 
         Raises:
             ScoringError: a row cannot be scored, or what came out cannot be its log-probs.

@@ -1,6 +1,12 @@
-"""The torch engine: transformers' own forward pass, on whatever device torch finds."""
+"""The torch engine: transformers' own modules, on whatever device torch finds.
 
-from collections.abc import Sequence
+Where the model shares prompts (`forward`), groups go through it in packs without padding, those
+with the longest common beginnings together. On a CPU every core works on packs of its own: its
+matrix products then wait for nobody, and there is one copy of the model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -19,10 +25,12 @@ from pipeline.scoring.engines.base import (
     Group,
     Limits,
     Numerics,
+    Sharing,
     major_minor,
     require_scorable,
 )
-from pipeline.scoring.engines.forward import pass_logprobs, token_logprobs
+from pipeline.scoring.engines.batches import Row, groups_in, packs, padded, passes
+from pipeline.scoring.engines.forward import Forward
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +57,16 @@ def limits_of(checkpoint: Checkpoint) -> Limits:
 
 
 def torch_numerics(config: ModelConfig, checkpoint: Checkpoint) -> Numerics:
-    """What this engine's numbers will depend on, without loading the model."""
+    """What this engine's numbers will depend on, without loading the model.
+
+    Whether prompts are shared is not part of it: a model shares them only if it was found to give
+    the same numbers within rounding. It is on record with the scorer.
+    """
     return Numerics(
         engine="torch",
         engine_version=major_minor("torch"),
         modeling_version=f"transformers {major_minor('transformers')}",
-        runner="forward",
+        runner="tree",
         body_dtype=config.dtype,
         head_dtype=config.dtype,
         cache_dtype="none",
@@ -82,67 +94,82 @@ class TorchEngine:
         # Nothing is allocated for the longest sequence in advance.
         self._limits = limits_of(checkpoint)
         torch.set_float32_matmul_precision("highest")
-        self._model = load_model(
-            checkpoint,
-            dtype=config.dtype,
-            attention=config.attention,
-            device=str(torch_device()),
+        device = torch_device()
+        on_cpu = device.type == "cpu"
+        self._forward = Forward(
+            load_model(
+                checkpoint, dtype=config.dtype, attention=config.attention, device=str(device)
+            )
         )
+        # Half a CPU's bits must be the whole's, and a tree's those of its parts, or step 0 of
+        # training would not be exactly 0; a GPU makes no such promise.
+        self._packs = self.sharing.shared and (self.sharing.exact or not on_cpu)
+        self._pads = not self.sharing.shared and not on_cpu
+        self._n_threads = torch.get_num_threads() if on_cpu else 1
+        self._threads = ThreadPoolExecutor(self._n_threads)
+
+    @property
+    def sharing(self) -> Sharing:
+        """Whether this model shares prompts; see `Engine.sharing`."""
+        return self._forward.sharing
 
     def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
         """Log-probs per group and completion; see `Engine.score`."""
         import torch
 
         require_scorable(groups, self._limits)
-        with torch.inference_mode():
-            if not batch_tokens:
-                return [self._passes(group) for group in groups]
-            return self._padded(groups, batch_tokens)
+        compute, at_once = self._forward.logprobs, 1
+        if batch_tokens and self._packs:
+            batches = packs(groups, batch_tokens, self._n_threads)
+            at_once = self._n_threads
+        elif batch_tokens and self._pads:
+            batches, compute = padded(groups, batch_tokens), self._forward.padded
+        else:
+            batches = passes(groups)
 
-    def _passes(self, group: Group) -> list[np.ndarray]:
-        """A group in its own passes."""
-        passes: dict[str, list[int]] = {}
-        for i, completion in enumerate(group.completions):
-            passes.setdefault(completion.pass_id or completion.sequence_id, []).append(i)
-        scores: dict[int, np.ndarray] = {}
-        for members in passes.values():
-            together = [group.completions[i] for i in members]
-            logprobs = pass_logprobs(self._model, group.prompt_ids, together)
-            scores |= {i: row.cpu().numpy() for i, row in zip(members, logprobs, strict=True)}
-        return [scores[i] for i in range(len(group.completions))]
+        def scored(batch: list[Row]) -> list[np.ndarray]:
+            with torch.inference_mode():  # of this thread alone
+                logprobs = compute(groups_in(groups, batch))
+                return [row.cpu().numpy() for group in logprobs for row in group]
 
-    def _padded(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
-        """All completions in padded batches, each with its own copy of the prompt."""
-        rows = [(group.prompt_ids, c) for group in groups for c in group.completions]
-        scores: dict[int, np.ndarray] = {}
-        for batch in _batches([len(p) + len(c.ids) for p, c in rows], batch_tokens):
-            logprobs = token_logprobs(
-                self._model,
-                [rows[i][0] for i in batch],
-                [rows[i][1].ids for i in batch],
-                [rows[i][1].scored for i in batch],
-            )
-            for i, values in zip(batch, logprobs, strict=True):
-                scores[i] = values.cpu().numpy()
-        flat = iter(scores[i] for i in range(len(rows)))
-        return [[next(flat) for _ in group.completions] for group in groups]
+        scores = {
+            row: values
+            for batch, of_batch in zip(batches, self._each(scored, batches, at_once), strict=True)
+            for row, values in zip(batch, of_batch, strict=True)
+        }
+        return [
+            [scores[g, c] for c in range(len(group.completions))] for g, group in enumerate(groups)
+        ]
+
+    def _each(
+        self,
+        scored: Callable[[list[Row]], list[np.ndarray]],
+        batches: list[list[Row]],
+        at_once: int,
+    ) -> Iterator[list[np.ndarray]]:
+        """Batches one after another over all cores, or side by side, the cores divided."""
+        import torch
+
+        at_once = min(at_once, len(batches))
+        if at_once == 1:
+            yield from map(scored, batches)
+            return
+        n_each = self._n_threads // at_once
+
+        def alone(batch: list[Row]) -> list[np.ndarray]:
+            torch.set_num_threads(n_each)  # of this thread, and of those that begin after it
+            return scored(batch)
+
+        try:
+            yield from self._threads.map(alone, batches)
+        finally:
+            torch.set_num_threads(self._n_threads)
 
     def close(self) -> None:
         """Drop the model; a CUDA device's memory is returned to it."""
         import torch
 
-        del self._model
+        self._threads.shutdown()
+        del self._forward
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Indices in batches of at most `batch_tokens` padded tokens, the longest rows first."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens
-        if fits:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches

@@ -22,6 +22,7 @@ from pipeline.scoring.engines.base import (
     Group,
     Limits,
     Numerics,
+    Sharing,
     major_minor,
     require_scorable,
 )
@@ -153,6 +154,11 @@ class VllmEngine:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def sharing(self) -> Sharing:
+        """Whether it was asked to share prompts; see `Engine.sharing`."""
+        return Sharing(self._reuse, "" if self._reuse else "vllm.prefix_reuse is off")
 
     def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
         """Log-probs per group and completion; see `Engine.score`.

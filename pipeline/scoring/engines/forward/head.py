@@ -1,0 +1,154 @@
+"""Log-probs of chosen tokens from hidden states, the vocabulary a tile at a time."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+TILE = 2048
+"""Rows of the output layer that are multiplied at once: their logits fit in a core's cache."""
+
+ROWS = 8
+"""Fewer rows than this give other bits in MKL's matrix product."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output layer [V, d] with its bias [V], and what a config says is done to its logits."""
+
+    weight: "torch.Tensor"
+    bias: "torch.Tensor | None"
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def head_of(model: Any) -> Head | None:
+    """The output layer of a model of transformers; None where it is not a plain linear layer."""
+    import torch
+
+    layer = model.get_output_embeddings()
+    if type(layer) is not torch.nn.Linear:
+        return None
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def target_logprobs(
+    hidden: "torch.Tensor", targets: "torch.Tensor", head: Head, tile: int = TILE
+) -> "torch.Tensor":
+    """Log-probs of `targets`, int64 [n], after `hidden` [n, d]: float32 [n], nats.
+
+    Logit minus log-sum-exp (torch's float32 log_softmax over a large vocabulary is itself off by up
+    to 3e-3 nats per sequence), the sum gathered over tiles: never [n, V] at once, and on the way
+    back the tiles are computed anew.
+    """
+    import torch
+
+    n = len(targets)
+    if missing := max(0, ROWS - n):
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
+        targets = torch.nn.functional.pad(targets, (0, missing))
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad):
+        logprobs: torch.Tensor = _function().apply(
+            hidden, targets, head.weight, head.bias, head.scale, head.cap, tile
+        )
+        return logprobs[:n]
+    chosen, total = _forward(hidden, targets, head, tile)
+    return (chosen - total)[:n]
+
+
+def _forward(
+    hidden: "torch.Tensor", targets: "torch.Tensor", head: Head, tile: int
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Logits of the targets and log-sum-exps, float32 [n] each."""
+    import torch
+
+    n = len(targets)
+    top = torch.full((n,), -torch.inf, device=hidden.device)
+    mass, chosen = torch.zeros_like(top), torch.zeros_like(top)
+    for start in range(0, len(head.weight), tile):
+        logits = _logits(hidden, head, start, tile)
+        inside, at = _inside(targets, start, logits.shape[1])
+        chosen = torch.where(inside, logits.gather(1, at[:, None])[:, 0], chosen)
+        higher = torch.maximum(top, logits.amax(1))
+        exponentials = logits.sub_(higher[:, None]).exp_()
+        mass = mass * torch.exp(top - higher) + exponentials.sum(1)
+        top = higher
+    return chosen, top + mass.log()
+
+
+def _logits(hidden: "torch.Tensor", head: Head, start: int, tile: int) -> "torch.Tensor":
+    """Logits of a tile as the model has them, float32 [n, tile]; they may be written over."""
+    import torch
+
+    bias = None if head.bias is None else head.bias[start : start + tile]
+    logits = torch.nn.functional.linear(hidden, head.weight[start : start + tile], bias).float()
+    if head.scale != 1.0:
+        logits = logits * head.scale
+    if head.cap is not None:
+        logits = torch.tanh(logits / head.cap) * head.cap
+    return logits
+
+
+def _inside(targets: "torch.Tensor", start: int, width: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Which targets are in a tile, and where (anywhere for the others)."""
+    at = targets - start
+    return (at >= 0) & (at < width), at.clamp(0, width - 1)
+
+
+@cache
+def _function() -> Any:
+    """The autograd function, made when torch is loaded."""
+    import torch
+
+    class TargetLogProbs(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            hidden: torch.Tensor,
+            targets: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            scale: float,
+            cap: float | None,
+            tile: int,
+        ) -> torch.Tensor:
+            head = Head(weight, bias, scale, cap)
+            chosen, total = _forward(hidden, targets, head, tile)
+            ctx.save_for_backward(hidden, targets, weight, bias, total)
+            ctx.how = scale, cap, tile
+            return chosen - total
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            hidden, targets, weight, bias, total = ctx.saved_tensors
+            scale, cap, tile = ctx.how
+            head = Head(weight, bias, scale, cap)
+            wanted = ctx.needs_input_grad
+            d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
+            d_weight = torch.zeros_like(weight) if wanted[2] else None
+            d_bias = torch.zeros_like(bias) if bias is not None and wanted[3] else None
+            for start in range(0, len(weight), tile):
+                logits = _logits(hidden, head, start, tile)
+                # The slope of capping and scaling, before the logits are written over.
+                slope = scale if cap is None else (1 - (logits / cap).square()) * scale
+                inside, at = _inside(targets, start, logits.shape[1])
+                back = logits.sub_(total[:, None]).exp_().neg_()
+                back.scatter_add_(1, at[:, None], inside.to(back.dtype)[:, None])
+                back = (back * grad[:, None] * slope).to(weight.dtype)
+                part = slice(start, start + tile)
+                if d_hidden is not None:
+                    d_hidden += back @ weight[part]
+                if d_weight is not None:
+                    d_weight[part] = back.T @ hidden
+                if d_bias is not None:
+                    d_bias[part] = back.sum(0)
+            if d_hidden is not None:
+                d_hidden = d_hidden.to(hidden.dtype)
+            return d_hidden, None, d_weight, d_bias, None, None, None
+
+    return TargetLogProbs

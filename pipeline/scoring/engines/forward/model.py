@@ -1,0 +1,246 @@
+"""How a loaded model computes log-probs: with shared prompts where it can, and found out if it can.
+
+No architecture is known by name. At loading, a few made-up sequences go both ways, over a tree of
+token runs and plainly through transformers' own eager attention; if the two differ by more than
+rounding does, or one of them fails, the model goes the plain way and the reason is kept.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.scoring.engines.base import Completion, Group, Sharing
+from pipeline.scoring.engines.forward.attention import (
+    IMPLEMENTATIONS,
+    NotShared,
+    attending,
+    layout_of,
+    register,
+)
+from pipeline.scoring.engines.forward.head import Head, head_of, target_logprobs
+from pipeline.scoring.engines.forward.plain import token_logprobs
+from pipeline.scoring.engines.forward.tree import grow
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+FEWEST_ROWS = 32
+"""Tokens of the smallest row: smaller matrix products, cut over threads, give other bits."""
+
+_TOLERANCE = 1e-3
+"""Nats per token in float32, the largest difference of the two ways that is rounding."""
+_HALF_TOLERANCE = 0.1
+"""Nats per token in half precision, the mean: a single token may be off by more."""
+_log = logging.getLogger(__name__)
+
+
+class Forward:
+    """A model with the way found for it.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model over one, in evaluation mode
+            and loaded with the attention it is to have (`sdpa` or `eager`).
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.model = model
+        self._inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._plain_attention: str = self._inner.config._attn_implementation
+        self._attention = self._plain_attention
+        self._head: Head | None = None
+        self._longest = _longest_shared(self._inner.config.get_text_config())
+        self.sharing = self._find_out()
+        if not self.sharing.shared:
+            name = type(self._inner).__name__
+            _log.warning("%s does not share prompts: %s", name, self.sharing.reason)
+
+    def logprobs(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
+        """Log-probs of scored tokens by group and completion, differentiable: float32 [n], nats.
+
+        In one pass over all of them where the model shares prompts, else a pass for each sequence.
+        Equal groups in any order make equal passes, so equal bits.
+        """
+        if self.sharing.shared and (
+            self._longest is None or _longest_sequence(groups) <= self._longest
+        ):
+            self._set_attention(IMPLEMENTATIONS[self._plain_attention])
+            return self._tree(groups)
+        self._set_attention(self._plain_attention)
+        return self._plain(groups)
+
+    def padded(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
+        """The same in one plain pass over padded rows, each with its own copy of the prompt."""
+        self._set_attention(self._plain_attention)
+        rows = [(group.prompt_ids, c) for group in groups for c in group.completions]
+        flat = iter(
+            token_logprobs(
+                self.model,
+                [prompt for prompt, _ in rows],
+                [c.ids for _, c in rows],
+                [c.scored for _, c in rows],
+            )
+        )
+        return [[next(flat) for _ in group.completions] for group in groups]
+
+    def _plain(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
+        return [
+            [
+                token_logprobs(self.model, [group.prompt_ids], [c.ids], [c.scored])[0]
+                for c in group.completions
+            ]
+            for group in groups
+        ]
+
+    def _tree(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
+        import torch
+
+        rows = [(group.prompt_ids, c) for group in groups for c in group.completions]
+        tree = grow([np.concatenate([prompt, c.ids]) for prompt, c in rows])
+        device = self.model.device
+        missing = max(0, FEWEST_ROWS - len(tree.ids))
+        ids, positions = (
+            torch.from_numpy(np.pad(x, (0, missing)))[None].to(device)
+            for x in (tree.ids, tree.positions)
+        )
+        with attending(layout_of(tree, device)):
+            # A mask of ones says that the row is one: else transformers reads the positions as
+            # those of several sequences, packed.
+            hidden = self._inner.base_model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+            ).last_hidden_state[0]
+        # A token is predicted from the one before it on its path.
+        before = [
+            places[len(prompt) - 1 + c.scored]
+            for places, (prompt, c) in zip(tree.places, rows, strict=True)
+        ]
+        targets = np.concatenate([c.ids[c.scored] for _, c in rows]).astype(np.int64)
+        assert self._head is not None
+        logprobs = target_logprobs(
+            hidden[torch.from_numpy(np.concatenate(before)).to(device)],
+            torch.from_numpy(targets).to(device),
+            self._head,
+        )
+        flat = iter(torch.split(logprobs, [len(places) for places in before]))
+        return [[next(flat) for _ in group.completions] for group in groups]
+
+    def _find_out(self) -> Sharing:
+        """Try both ways; the plain one is left with an attention that does what the config says."""
+        import torch
+
+        inner = self._inner
+        name = type(inner).__name__
+        if self._plain_attention not in IMPLEMENTATIONS:
+            return Sharing(False, f"its attention is {self._plain_attention}")
+        if not inner.is_backend_compatible():
+            return Sharing(False, f"{name} does not take attention functions")
+        if inner.base_model is inner:
+            return Sharing(False, f"{name} has no body apart from its output layer")
+        register()
+        sample = _sample(inner.get_input_embeddings().num_embeddings)
+        with torch.no_grad():
+            eager = self._tried("eager", sample)
+            if self._plain_attention != "eager":
+                other = self._tried(self._plain_attention, sample)
+                if not _agree(eager, other, inner.dtype):
+                    # Soft-capped scores are lost in sdpa.
+                    _log.warning("%s is run with eager attention: sdpa computes otherwise", name)
+                    self._plain_attention = "eager"
+            self._head = head_of(inner)
+            if self._head is None:
+                return Sharing(False, "its output layer is not a plain linear one")
+            self._set_attention(IMPLEMENTATIONS[self._plain_attention])
+            try:
+                shared = self._tree(sample)
+                apart = self._apart(sample)
+            except NotShared as error:
+                return Sharing(False, str(error))
+            except Exception as error:  # of any class: a module that cannot take such a row
+                return Sharing(False, f"it fails over a tree: {type(error).__name__}: {error}")
+        if not _agree(eager, shared, inner.dtype):
+            return Sharing(False, f"over a tree it is {_distance(eager, shared):.2g} nats off")
+        exact = all(torch.equal(a, b) for a, b in zip(_flat(shared), _flat(apart), strict=True))
+        return Sharing(True, exact=exact)
+
+    def _apart(self, sample: list[Group]) -> "list[list[torch.Tensor]]":
+        """Each group in a tree of its own, on one thread."""
+        import torch
+
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return [self._tree([group])[0] for group in sample]
+        finally:
+            torch.set_num_threads(n_threads)
+
+    def _tried(self, attention: str, sample: list[Group]) -> "list[list[torch.Tensor]]":
+        self._set_attention(attention)
+        return self._plain(sample)
+
+    def _set_attention(self, attention: str) -> None:
+        if self._attention != attention:
+            self._inner.set_attn_implementation(attention)
+            self._attention = attention
+
+
+def _sample(vocabulary: int) -> list[Group]:
+    """Made-up groups with a common opening, one of two replies, one that reaches a second tile."""
+    draw = np.random.default_rng(0)
+
+    def ids(n: int) -> np.ndarray:
+        return draw.integers(0, vocabulary, n).astype(np.int32)
+
+    def reply(name: str, n: int) -> Completion:
+        return Completion(name, ids(n), ((0, n),))
+
+    opening = ids(16)
+    return [
+        Group(np.concatenate([opening, ids(10)]), (reply("a", 13), reply("b", 9))),
+        Group(np.concatenate([opening, ids(40)]), (reply("c", 12),)),
+    ]
+
+
+def _flat(logprobs: "list[list[torch.Tensor]]") -> "list[torch.Tensor]":
+    return [row for group in logprobs for row in group]
+
+
+def _distance(a: "list[list[torch.Tensor]]", b: "list[list[torch.Tensor]]") -> float:
+    """The largest difference per token."""
+    import torch
+
+    return float((torch.cat(_flat(a)) - torch.cat(_flat(b))).abs().max())
+
+
+def _agree(
+    a: "list[list[torch.Tensor]]", b: "list[list[torch.Tensor]]", dtype: "torch.dtype"
+) -> bool:
+    import torch
+
+    differences = (torch.cat(_flat(a)) - torch.cat(_flat(b))).abs()
+    if dtype in (torch.bfloat16, torch.float16):
+        return bool(differences.mean() <= _HALF_TOLERANCE)
+    return bool(differences.max() <= _TOLERANCE)  # NaN is no agreement
+
+
+def _longest_sequence(groups: Sequence[Group]) -> int:
+    return max(len(g.prompt_ids) + len(c.ids) for g in groups for c in g.completions)
+
+
+def _longest_shared(config: Any) -> int | None:
+    """The longest sequence whose rotary angles do not depend on what is computed beside it.
+
+    Beyond the length they were trained on, these kinds take them from the longest in the batch.
+    """
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
+    limits = [
+        int(kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
