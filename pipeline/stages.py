@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.ids import content_id, unit_interval
+from pipeline.landscape import answerable, landscape, landscape_png
 from pipeline.losses import REGISTRY
 from pipeline.models import load_tokenizer, resolve
 from pipeline.names import key_of, policy_id_of, reported_pairs, scored_by, wanted_sequences
@@ -48,6 +49,7 @@ from pipeline.training.policy import PolicyResult
 from schemas import (
     KlSequence,
     LabelSequence,
+    LossLandscape,
     PairSequence,
     Reward,
     RuleCount,
@@ -85,6 +87,15 @@ class ScoredRows:
     n_nonfinite: int
     mean: float
     digest: str
+
+
+@dataclass(frozen=True)
+class LandscapeResult:
+    """The published table, which losses are in it, and a picture."""
+
+    table: TableSnapshot
+    losses: list[str]
+    png: bytes
 
 
 @dataclass(frozen=True)
@@ -226,14 +237,51 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         read_logprobs(reference),
         read_logprobs(policy),
         beta=plan.report.beta,
-        score=lambda ratio, logprob, n: spec.score(ratio, logprob, n, values),
-        gradient_weight=lambda chosen, rejected: spec.gradient_weight(
-            chosen, rejected, values, statistics
-        ),
+        spec=spec,
+        values=values,
+        statistics=statistics,
         policy_id=identifier,
         pairs_digest=current_snapshot(store, "pairs").digest,
     )
     return publish(store, f"rewards/{name}", table, Reward)
+
+
+def compute_landscape(plan: Plan, store: Store) -> LandscapeResult:
+    """Every policy of the plan, as it is, under the losses and settings the plan asks for.
+
+    KTO is asked only where the policy's training has measured its reference point.
+
+    Raises:
+        LossInputError: a loss the plan names needs numbers that the tables do not have.
+    """
+    config = plan.report.landscape
+    strengths = read(store, "pairs").select("pair_id", "strength")
+    tables = []
+    for name in plan.policies:
+        rewards = read(store, f"rewards/{name}").join(strengths, on="pair_id", how="left")
+        if rewards["strength"].null_count():
+            rewards = rewards.drop("strength")
+        known: dict[str, float] = {}
+        if name in plan.objectives and plan.objectives[name].spec.needs_kl:
+            known["kl"] = read(store, f"training_steps/{name}")["kl"][-1]
+        asked = config.losses or answerable(rewards.columns, known)
+        grid = {
+            parameter: values
+            for parameter, values in config.grid.items()
+            if any(parameter in REGISTRY[loss].parameters for loss in asked)
+        }
+        found = landscape(rewards, asked, grid, statistics=known)
+        ids = {
+            "policy": name,
+            "policy_id": rewards["policy_id"].first(),
+            "rewards_digest": current_snapshot(store, f"rewards/{name}").digest,
+        }
+        tables.append(found.select(*(pl.lit(v).alias(k) for k, v in ids.items()), pl.all()))
+    table = pl.concat(tables)
+    own = [o.loss for o in plan.objectives.values() if isinstance(o.loss, str)]
+    losses = table["loss"].unique(maintain_order=True).to_list()
+    png = landscape_png(table, list(dict.fromkeys([*own, "dpo", "ipo", "simpo", *losses])))
+    return LandscapeResult(publish(store, "loss_landscape", table, LossLandscape), losses, png)
 
 
 def n_reported(plan: Plan, store: Store) -> int:
@@ -303,7 +351,7 @@ def _loss(objective: ObjectiveConfig) -> dict[str, str]:
     """What a policy was trained with, as a report shows it."""
     target = objective.spec.target(objective.values)
     return {
-        "loss": objective.loss,
+        "loss": objective.spec.name,
         **{key: f"{value:g}" for key, value in objective.values.items()},
         "target": "none, it always asks for more" if target is None else str(target),
         "paper": objective.spec.paper,

@@ -12,6 +12,7 @@ from schemas.intake import (
     RuleCount,
     UnitCandidate,
 )
+from schemas.landscape import LossLandscape
 from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
 from schemas.sequences import (
@@ -35,6 +36,7 @@ __all__ = [
     "LabelCandidate",
     "LabelSequence",
     "LogProb",
+    "LossLandscape",
     "PairCandidate",
     "PairSequence",
     "PreferenceLabel",

@@ -72,6 +72,9 @@ def test_the_demo_graph() -> None:
                 [rewards, f"policy_{name}", "preference_pairs", "quarantined_rows"]
             ),
         }
+    expected["loss_landscape"] = sorted(
+        ["preference_pairs", *(key for key in expected if "implicit_rewards" in key)]
+    )
     assert edges == expected
     checks = {key.name for key in graph.asset_check_keys if "implicit" in str(key.asset_key)}
     assert checks == {"every_reported_pair_has_a_reward", "engines_agree"}
@@ -137,6 +140,12 @@ def test_one_job_from_pairs_to_report(write_plan: WritePlan, instance: dg.Dagste
     assert numbers["accuracy"] == pytest.approx(held_out["correct"].mean())
     assert report["splits/test/margin_mean"] == pytest.approx(held_out["margin"].mean())
     assert "<html" in Path(report["report"]).read_text()
+    # The landscape asks the same rows: DPO's own weight at the objective's beta is in both.
+    landscape = read(store, "loss_landscape")
+    assert metadata(result, "loss_landscape")["dagster/row_count"] == landscape.height
+    as_trained = landscape.filter(loss="dpo", beta=0.1)
+    assert as_trained["weight_mean"].item() == pytest.approx(rewards["gradient_weight"].mean())
+    assert "data:image/png;base64" in metadata(result, "loss_landscape")["figure"]
 
 
 def test_rules_are_counted_over_time_and_shown_by_escaped_examples(
