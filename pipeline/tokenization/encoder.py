@@ -166,7 +166,8 @@ class Encoder:
     def _try_template(self) -> None:
         """Render plain conversations, and look at what comes out."""
         bos = self.tokenizer.bos_token_id
-        for number, rendered in enumerate(self.renderer.render(_PROBES)):
+        for number, probe in enumerate(_PROBES):
+            (rendered,) = self.renderer.render([probe])
             texts = [rendered.prompt, *rendered.rests, *rendered.wholes]
             broken = [t for t in texts if isinstance(t, LimitBroken)]
             if broken and number == 0:

@@ -59,7 +59,7 @@ def look_ahead(
     and its slopes are kept: the pass that follows hands them on to the weights.
 
     Args:
-        forward: the policy.
+        forward: the policy's forward pass.
         batch: the step's pairs.
         step: its number.
         objective: the loss and its values.
@@ -104,7 +104,7 @@ def backward(
     """Add one pair's share of the step's gradient; returns its numbers before the update.
 
     Args:
-        forward: the policy.
+        forward: the policy's forward pass.
         pair: the pair.
         objective: the loss and its values.
         statistics: what the loss knows of the whole step.

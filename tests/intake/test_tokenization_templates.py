@@ -97,9 +97,10 @@ def test_the_settings_matter(tokenizer: Any) -> None:
 # What they cannot do
 
 HOSTILE = {
-    "endless loops": "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}"
-    "{% endfor %}{% endfor %}",
-    "a long text": "{{ 'a' * 200000000 }}",
+    "endless loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% if a < 0 %}"
+    "{{ a }}{% endif %}{% endfor %}{% endfor %}",
+    "a long text in the making": "{{ 'a' * 200000000 }}",  # Jinja multiplies as it compiles
+    "a long text": "{{ 'a' * (messages | length * 50000000) }}",
     "text by doubling": "{% set n = namespace(s='ab') %}"
     "{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
     "all of memory": "{{ 'a' * (2 ** 40) }}",
