@@ -1,7 +1,8 @@
 """The command line.
 
 `logratio run PLAN` runs a plan's job and says what came out; `logratio audit PAIRS --reference A
---policy B` does so for two models that are there already, without a plan.
+--policy B` does so for two models that are there already, without a plan; `logratio ledger ACTION
+STORE` looks after the log-probs of a store.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import dagster as dg
 
 from assets.resources import resource_key
 from assets.summary import beginning, summary
+from assets.upkeep import add_ledger_command, look_after
 from pipeline.errors import LogratioError
 from pipeline.plan import Plan, load_plan, write_audit_plan
 
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     audit.add_argument("--shape", help="of the pairs; found out by default")
     audit.add_argument("--dtype", default="float32", help="of both models")
     audit.add_argument("--engine", default="auto", help="auto, torch or vllm")
+    add_ledger_command(commands)
     for command in (run, audit):
         command.add_argument(
             "--set",
@@ -58,6 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "run":
             return run_plan(options.plan, options.overrides)
+        if options.command == "ledger":
+            lines, sound = look_after(
+                options.action, options.store, getattr(options, "remove", False)
+            )
+            print("\n".join(lines))
+            return 0 if sound else 1
         plan = write_audit_plan(
             options.pairs,
             options.reference,

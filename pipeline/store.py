@@ -7,9 +7,11 @@ Readers verify size and hash before parsing: Polars does not check Parquet's own
 
 import contextlib
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError
+from pipeline.failpoints import reach
 from schemas import Table, polars_schema, require_validation
 
 _TABLE_KEY = b"logratio.table"
@@ -229,7 +232,42 @@ def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataF
 
 def _verify_table(path: Path, table: str, digest: str | None = None) -> None:
     verify(path, digest or path.name.partition(".")[0])
-    found = (pq.read_schema(path).metadata or {}).get(_TABLE_KEY, b"?").decode()
+    _require_table(path, path, table)
+    return pl.read_parquet(path, glob=False, hive_partitioning=False)
+
+
+def read_verified(path: Path, table: str, digest: str, n_bytes: int) -> pl.DataFrame:
+    """`read_snapshot` of a small file: what is parsed is what was hashed, whatever comes between.
+
+    Raises:
+        StoreError: missing, not a regular file, damaged, or another table's.
+    """
+    data = file_bytes(path)
+    if len(data) != n_bytes:
+        raise StoreError(f"{path}: damaged: {len(data)} bytes instead of {n_bytes}")
+    if blake3.blake3(data).hexdigest() != digest:
+        raise StoreError(f"{path}: damaged: its bytes do not have the hash {digest}")
+    _require_table(path, BytesIO(data), table)
+    return pl.read_parquet(data)
+
+
+def file_bytes(path: Path) -> bytes:
+    """The bytes of a regular file; a link is not followed, for it may lead anywhere.
+
+    Raises:
+        StoreError: missing, unreadable or something else than a file.
+    """
+    try:
+        # Without O_NONBLOCK a pipe in the file's place would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _require_table(path: Path, source: Path | BytesIO, table: str) -> None:
+    found = (pq.read_schema(source).metadata or {}).get(_TABLE_KEY, b"?").decode()
     if found != table:
         raise StoreError(f"{path}: is a '{found}' table, not '{table}'")
 
@@ -241,12 +279,12 @@ def verify(path: Path, digest: str, n_bytes: int | None = None) -> None:
         StoreError: missing or damaged.
     """
     try:
-        stat = path.stat()
-        key = (digest, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        found = path.stat()
+        key = (digest, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         if key in _verified:
             return
-        if n_bytes is not None and stat.st_size != n_bytes:
-            raise StoreError(f"{path}: damaged: {stat.st_size} bytes instead of {n_bytes}")
+        if n_bytes is not None and found.st_size != n_bytes:
+            raise StoreError(f"{path}: damaged: {found.st_size} bytes instead of {n_bytes}")
         if file_digest(path) != digest:
             raise StoreError(f"{path}: damaged: its bytes do not have the hash {digest}")
     except OSError as error:
@@ -273,18 +311,37 @@ def commit(directory: Path, write: Callable[[BinaryIO], Any], suffix: str) -> Sn
         digest = file_digest(temporary)
         final = directory / f"{digest}{suffix}"
         n_bytes = temporary.stat().st_size
-        if final.exists() and file_digest(final) != digest:
-            # A damaged file under the right name: the good bytes are at hand, so mend it.
-            os.replace(temporary, final)
-        else:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, final)
+        _name(temporary, final, digest)
+        reach("store.linked")
         sync_directory(directory)
+        reach("store.durable")
     return Snapshot(final, digest, n_bytes)
 
 
-def commit_numbered(directory: Path, content: bytes, suffix: str, width: int = 8) -> Path:
+def _name(temporary: Path, final: Path, digest: str) -> None:
+    """Link a file to the name made of its hash; what stands there and is not it is mended."""
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(final.lstat().st_mode) and file_digest(final) == digest:
+                return
+        if final.is_dir() and not final.is_symlink():
+            os.replace(final, final.with_name(f".{uuid.uuid4().hex}.tmp"))
+        os.replace(temporary, final)
+
+
+def commit_numbered(
+    directory: Path, content: bytes, suffix: str, width: int = 8, above: Callable[[], int] = int
+) -> Path:
     """Write a file under the next free number; of two writers, one gets it and one the next.
+
+    Args:
+        directory: where the numbered files are.
+        content: the file's bytes.
+        suffix: of all numbered files there.
+        width: digits.
+        above: the last number that was given out elsewhere; asked after the directory is read.
 
     Raises:
         StoreError: the disk is full or failed.
@@ -292,7 +349,7 @@ def commit_numbered(directory: Path, content: bytes, suffix: str, width: int = 8
     with _temporary(directory) as temporary:
         _write_synced(temporary, lambda sink: sink.write(content))
         taken = [int(p.stem) for p in directory.glob(f"*{suffix}") if p.stem.isdigit()]
-        number = max(taken, default=0) + 1
+        number = max([*taken, above()]) + 1
         while True:
             final = directory / f"{number:0{width}d}{suffix}"
             try:
@@ -301,7 +358,9 @@ def commit_numbered(directory: Path, content: bytes, suffix: str, width: int = 8
                 number += 1
             else:
                 break
+        reach("store.numbered")
         sync_directory(directory)
+        reach("store.durable")
     return final
 
 
@@ -310,7 +369,9 @@ def move_pointer(pointer: Path, target: Path) -> None:
     temporary = pointer.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         os.symlink(target.name, temporary)
+        reach("pointer.made")
         os.replace(temporary, pointer)
+        reach("pointer.moved")
         sync_directory(pointer.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -328,9 +389,12 @@ def sync_directory(directory: Path) -> None:
 
 def _write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     with path.open("wb") as sink:
+        reach("store.opened")
         write(sink)
         sink.flush()
+        reach("store.written")
         os.fsync(sink.fileno())
+    reach("store.synced")
 
 
 @contextlib.contextmanager

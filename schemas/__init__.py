@@ -14,7 +14,7 @@ from schemas.intake import (
 )
 from schemas.landscape import LossLandscape
 from schemas.rewards import Reward
-from schemas.scoring import LogProb, Scorer, TokenLogProb, identity_fields
+from schemas.scoring import LogProb, Scorer, TokenLogProb, UnscoredSequence, identity_fields
 from schemas.sequences import (
     KlSequence,
     LabelSequence,
@@ -51,6 +51,7 @@ __all__ = [
     "Tokenization",
     "TrainingStep",
     "UnitCandidate",
+    "UnscoredSequence",
     "UntokenizedLabel",
     "UntokenizedPair",
     "identity_fields",

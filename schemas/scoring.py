@@ -89,3 +89,13 @@ class TokenLogProb(Table):
     numerics_id: str = pa.Field(str_matches=ID)
     sequence_id: str = pa.Field(unique=True, str_matches=ID)
     logprobs: pl.List(pl.Float32)  # type: ignore[valid-type]
+
+
+class UnscoredSequence(Table):
+    """One row is a sequence that could not be scored, though it was tried alone."""
+
+    model_id: str = pa.Field(str_matches=ID)
+    numerics_id: str = pa.Field(str_matches=ID)
+    sequence_id: str = pa.Field(unique=True, str_matches=ID)
+    rule: str = pa.Field(isin=["out_of_memory", "engine_died"])
+    detail: str = pa.Field(description="What the engine said.")

@@ -20,6 +20,7 @@ from pipeline.scoring.engines.base import (
     longest,
     sequence_sum,
 )
+from pipeline.scoring.memory import OutOfMemory, score_within_memory
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,12 @@ class NullTest:
 
     @property
     def passed(self) -> bool:
-        """Equal batches are exactly equal, and the rest is within the tolerance."""
-        return self.repeat == 0.0 and max(self.noise_floor, self.ledger) <= self.tolerance
+        """Equal batches are exactly equal, and the rest is within the tolerance.
+
+        Where nothing could be scored there was no test, and so none was passed.
+        """
+        largest = max(self.noise_floor, self.ledger)
+        return self.n > 0 and self.repeat == 0.0 and largest <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for the record."""
@@ -68,6 +73,8 @@ def null_test(
     held = dict(ledger.select("sequence_id", "logprob").iter_rows())
     ids = sorted(set(sequences["sequence_id"]) & set(held), key=lambda i: unit_interval(i, "null"))
     sample = ids[:n_rows]
+    if not sample:
+        return NullTest(0, 0.0, 0.0, 0.0, tolerance)
     groups = groups_of(sequences.filter(pl.col("sequence_id").is_in(sample)))
     first = sums(engine, groups, batch_tokens)
     again = sums(engine, groups, batch_tokens)
@@ -83,14 +90,17 @@ def null_test(
 
 
 def sums(engine: Engine, groups: list[Group], batch_tokens: int) -> dict[str, float]:
-    """Sequence log-probs by id: float64 sums, nats."""
+    """Sequence log-probs by id: float64 sums, nats; without those that do not fit in memory."""
     result = {}
-    for group, scored in zip(groups, engine.score(groups, batch_tokens), strict=True):
+    found = score_within_memory(engine, groups, batch_tokens)
+    for group, scored in zip(groups, found, strict=True):
         for completion, logprobs in zip(group.completions, scored, strict=True):
+            if isinstance(logprobs, OutOfMemory):
+                continue
             check_logprobs(completion, logprobs)
             result[completion.sequence_id] = sequence_sum(logprobs)
     return result
 
 
 def _largest(a: dict[str, float], b: dict[str, float]) -> float:
-    return max(abs(a[i] - b[i]) for i in a)
+    return max((abs(a[i] - b[i]) for i in a.keys() & b.keys()), default=0.0)

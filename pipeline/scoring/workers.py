@@ -2,7 +2,8 @@
 
 On a CPU one worker is this process itself, over all its cores. On GPUs there is one process per
 device (or parallel group of devices): its memory belongs to it, and it may die. Workers pull items
-and commit what they make; what a dead one had in flight is done again by another.
+and commit what they make; what a dead one had in flight is done again by another. An item that
+engines die of again is divided, until it is known what they die of.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,10 +28,10 @@ from pipeline.errors import ScoringError
 from pipeline.models import Checkpoint
 from pipeline.plan import ModelConfig
 from pipeline.processes import threads_of
+from pipeline.scoring.deaths import ATTEMPTS, Deaths, Divide, Lost, Waiting
 from pipeline.scoring.engines.base import Engine, EngineDied, Numerics, Open
 
 _log = logging.getLogger(__name__)
-_ATTEMPTS = 2
 _Item = TypeVar("_Item", contravariant=True)
 _Result = TypeVar("_Result", covariant=True)
 Report = Callable[[int, int], None]
@@ -63,8 +63,18 @@ class Task(Protocol[_Item, _Result]):
         ...
 
 
-Run = Callable[[Any, Sequence[Any], Report | None], Iterator[Any]]
-"""(task, items, report) to the items' results, in the order in which they are done."""
+class Run(Protocol):
+    """Has items done by the workers."""
+
+    def __call__(
+        self,
+        task: Task[Any, Any],
+        items: Sequence[Any],
+        report: Report | None,
+        divide: Divide | None = None,
+    ) -> Iterator[Any]:
+        """The items' results, in the order in which they are done; `Lost` for some if divided."""
+        ...
 
 
 @contextmanager
@@ -77,7 +87,7 @@ def workers(opening: Opening, numerics: Numerics, n_workers: int | None) -> Iter
         n_workers: processes, or None for one per device group (one on a CPU).
 
     Raises:
-        ScoringError: inside the block, an engine died of the same work twice.
+        ScoringError: inside the block, engines died of work that cannot be divided, or too often.
     """
     on_gpu = numerics.device_class.startswith("cuda")
     if not on_gpu and (n_workers or 1) == 1:
@@ -137,23 +147,32 @@ def _here(opening: Opening) -> Iterator[Run]:
         while engines:
             engines.pop().close()
 
-    def run(task: Task[Any, Any], items: Sequence[Any], report: Report | None) -> Iterator[Any]:
-        for item in items:
-            for attempt in range(1, _ATTEMPTS + 1):
-                if not engines:
-                    engines.append(opening.open())
-                try:
-                    result = task(engines[0], item, report)
-                except EngineDied as error:
-                    close()
-                    if attempt == _ATTEMPTS:
-                        raise ScoringError(
-                            f"an engine died of it {attempt} times: {error}"
-                        ) from error
-                    _log.warning("opening another engine: %s", error)
+    def run(
+        task: Task[Any, Any],
+        items: Sequence[Any],
+        report: Report | None,
+        divide: Divide | None = None,
+    ) -> Iterator[Any]:
+        waiting = [Waiting(item) for item in reversed(items)]
+        deaths = Deaths()
+        while waiting:
+            one = waiting.pop()
+            if not engines:
+                engines.append(opening.open())
+            try:
+                result = task(engines[0], one.item, report)
+            except EngineDied as error:
+                close()
+                deaths.count(error)
+                smaller = one.after(error, divide)
+                if isinstance(smaller, Lost):
+                    yield smaller
                 else:
-                    yield result
-                    break
+                    waiting += reversed(smaller)
+                _log.warning("opening another engine: %s", error)
+            else:
+                deaths.in_a_row = 0
+                yield result
 
     try:
         yield run
@@ -170,47 +189,53 @@ def _in_processes(opening: Opening, places: list[dict[str, str]]) -> Iterator[Ru
         while pools:
             pools.pop().close()
 
-    def run(task: Task[Any, Any], items: Sequence[Any], report: Report | None) -> Iterator[Any]:
-        waiting = dict(enumerate(items))
-        died_of: Counter[int] = Counter()
-        fruitless = 0
+    def run(
+        task: Task[Any, Any],
+        items: Sequence[Any],
+        report: Report | None,
+        divide: Divide | None = None,
+    ) -> Iterator[Any]:
+        numbers = itertools.count()
+        waiting = {next(numbers): Waiting(item) for item in items}
+        deaths, fruitless = Deaths(), 0
         while waiting:
             if not pools:
                 pools.append(_Pool(places))
-            before = len(waiting)
+            before = set(waiting)
             futures: dict[Future[Any], int] = {}
-            deaths: list[Exception] = []
+            broken: list[Exception] = []
             try:
-                for i, item in waiting.items():
-                    futures[pools[0].executor.submit(_on_worker, opening, task, item)] = i
+                for i, one in waiting.items():
+                    futures[pools[0].executor.submit(_on_worker, opening, task, one.item)] = i
             except BrokenProcessPool as error:  # a worker died before, maybe while it waited
-                deaths.append(error)
+                broken.append(error)
             for future in as_completed(futures):
                 try:
                     result = future.result()
                 except _NotTried:
                     continue
                 except EngineDied as error:
-                    deaths.append(error)
-                    i = futures[future]
-                    died_of[i] += 1
-                    if died_of[i] == _ATTEMPTS:
-                        raise ScoringError(
-                            f"an engine died of it {_ATTEMPTS} times: {error}"
-                        ) from error
+                    broken.append(error)
+                    deaths.count(error)
+                    smaller = waiting.pop(futures[future]).after(error, divide)
+                    if isinstance(smaller, Lost):
+                        yield smaller
+                    else:
+                        waiting |= {next(numbers): one for one in smaller}
                     continue
                 except BrokenProcessPool as error:
-                    deaths.append(error)
+                    broken.append(error)
                     continue
+                deaths.in_a_row = 0
                 del waiting[futures[future]]
                 yield result
-            if not deaths:
+            if not broken:
                 continue
             # The one that knows why, if there is one.
-            cause = min(deaths, key=lambda death: not isinstance(death, EngineDied))
+            cause = min(broken, key=lambda death: not isinstance(death, EngineDied))
             if futures:
-                fruitless = fruitless + 1 if len(waiting) == before else 0
-            if fruitless == _ATTEMPTS:
+                fruitless = fruitless + 1 if set(waiting) == before else 0
+            if fruitless == ATTEMPTS:
                 raise ScoringError(
                     f"workers died {fruitless} times over {len(waiting)} parts: {cause}"
                 ) from cause

@@ -117,6 +117,19 @@ def open_faulty(config: ModelConfig, checkpoint: Checkpoint, longest: int) -> En
     return FaultyEngine(checkpoint.path, config.checkpoint)
 
 
+class DyingEngine(NotingEngine):
+    """Dies of everything."""
+
+    def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
+        note(self.directory, "died")
+        raise EngineDied("as always")
+
+
+def open_dying(config: ModelConfig, checkpoint: Checkpoint, longest: int) -> Engine:
+    """See `DyingEngine`."""
+    return DyingEngine(checkpoint.path)
+
+
 def open_never(config: ModelConfig, checkpoint: Checkpoint, longest: int) -> Engine:
     """A model that cannot be loaded."""
     raise ModelError("checkpoint nowhere: cannot be loaded")
@@ -137,6 +150,11 @@ def open_torch(config: ModelConfig, checkpoint: Checkpoint, longest: int) -> Eng
 def square(engine: Engine, item: int, report: Report | None) -> tuple[int, int]:
     """A task that needs no engine: who did it, and a result."""
     return os.getpid(), item**2
+
+
+def die(engine: Engine, item: int, report: Report | None) -> None:
+    """A task that every engine dies of."""
+    raise EngineDied("always")
 
 
 def whereabouts(engine: Engine, item: float, report: Report | None) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """The torch engine against an independent float64 computation, and what its ids are made of."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from support import PROJECT, FakeEngine, measured
+from support import PROJECT, measured
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ScoringError
@@ -144,38 +143,6 @@ def test_ids_are_made_of_the_columns_marked_identity(tiny_model: Path) -> None:
     assert [f.name for f in fields(Numerics)] == identity_fields("numerics")
     marked = {(column.metadata or {}).get("role") for column in Scorer.to_schema().columns.values()}
     assert marked == {"identity", "provenance", None}
-
-
-@pytest.mark.parametrize("field", [f.name for f in fields(ModelIdentity)])
-def test_every_model_field_is_identity(field: str) -> None:
-    identity = ModelIdentity("w", "c", "a", 1)
-    value = asdict(identity)[field]
-    changed = replace(identity, **{field: value + (1 if isinstance(value, int) else "x")})
-    assert changed.model_id != identity.model_id
-
-
-@pytest.mark.parametrize("field", [f.name for f in fields(Numerics)])
-def test_every_numerics_field_alone_scores_everything_again(
-    field: str, tiny_model: Path, store: Store, write_sequences: pl.DataFrame
-) -> None:
-    config, checkpoint = ModelConfig(checkpoint=str(tiny_model)), Checkpoint(tiny_model)
-    key = scorer_key(store, config, checkpoint)
-    value = asdict(key.numerics)[field]
-    other: Any = value + (1 if isinstance(value, int) else "x")
-    if field == "batch_invariant":
-        other = not value
-    if field == "adapter_mode":
-        other = "merged"
-    changed = replace(key, numerics=replace(key.numerics, **{field: other}))
-    engine = FakeEngine()
-    run = [
-        score_sequences(
-            "m", k, config, checkpoint, write_sequences, ScoringConfig(), lambda *_: engine
-        )
-        for k in (key, key, changed)
-    ]
-    n = write_sequences.height
-    assert [r.n_scored for r in run] == [n, 0, n]
 
 
 def test_batch_size_and_path_are_no_identity(tiny_model: Path, tmp_path: Path) -> None:

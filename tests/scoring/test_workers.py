@@ -22,12 +22,19 @@ from pipeline.models import Checkpoint, ModelIdentity
 from pipeline.plan import ModelConfig, ScoringConfig
 from pipeline.scoring.engines.base import EngineDied, Open, groups_of
 from pipeline.scoring.engines.torch_engine import torch_numerics
-from pipeline.scoring.ledger import ScorerKey, read_logprobs, read_token_logprobs
+from pipeline.scoring.ledger import (
+    ScorerKey,
+    read_logprobs,
+    read_token_logprobs,
+    read_unscored,
+)
 from pipeline.scoring.run import ScoringResult, score_sequences
 from pipeline.scoring.workers import Opening, _cpu_places, _gpu_places, workers
 from scoring.openers import (
+    die,
     kill_worker_once,
     notes,
+    open_dying,
     open_fake,
     open_faulty,
     open_never,
@@ -279,37 +286,56 @@ def test_an_engine_that_died_is_replaced_with_its_process_and_the_other_one_fini
     assert len(scored) == len(set(scored)), "no part was cut off and done again"
 
 
-def test_a_part_whose_engine_always_dies_ends_the_pass_and_what_was_committed_stays(
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_the_row_that_engines_die_of_is_found_and_all_others_are_scored(
+    n_workers: int, alone: pl.DataFrame, write_sequences: pl.DataFrame, desk: Path, tmp_path: Path
+) -> None:
+    key = key_in(tmp_path)
+    victim = write_sequences["sequence_id"][5]
+    fate = f"died always:{victim}"
+    result = score(key, write_sequences, desk, open_faulty, fate, workers=n_workers)
+    # Twice of its part of two rows, then alone.
+    assert len(processes(desk, "died")) == 3
+    assert (result.n_scored, result.n_unscored) == (11, 1)
+    assert held(key).equals(alone.filter(pl.col("sequence_id") != victim))
+    (row,) = read_unscored(key).iter_rows(named=True)
+    assert (row["sequence_id"], row["rule"]) == (victim, "engine_died")
+    assert row["detail"] == f"died on sequences {victim}"
+    again = score(key, write_sequences, desk, workers=n_workers)
+    assert (again.n_scored, again.n_reused) == (1, 11)
+    assert held(key).equals(alone)
+    assert read_unscored(key).is_empty()
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_engines_that_die_of_everything_end_the_pass(
+    n_workers: int, write_sequences: pl.DataFrame, desk: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ScoringError, match="engines died 16 times, 16 of them with nothing") as e:
+        score(
+            key_in(tmp_path), write_sequences, desk, open_dying, workers=n_workers, commit_rows=99
+        )
+    assert not isinstance(e.value, EngineDied), "there is nobody left who would restart"
+    assert len(processes(desk, "died")) == 16
+
+
+def test_work_that_cannot_be_divided_ends_the_pass(desk: Path) -> None:
+    opening = Opening(open_noting, ModelConfig(checkpoint="x"), Checkpoint(desk), 10)
+    with (
+        workers(opening, FAKE_NUMERICS, 1) as run,
+        pytest.raises(ScoringError, match="died of it 2 times: always"),
+    ):
+        list(run(die, [1], None))
+    assert len(processes(desk, "opened")) == 2 == len(processes(desk, "closed"))
+
+
+def test_an_engine_that_dies_once_in_this_process_is_replaced(
     alone: pl.DataFrame, write_sequences: pl.DataFrame, desk: Path, tmp_path: Path
 ) -> None:
     key = key_in(tmp_path)
     victim = write_sequences["sequence_id"][5]
-    with pytest.raises(ScoringError, match=f"died of it 2 times: died on sequences {victim}") as e:
-        score(key, write_sequences, desk, open_faulty, f"died always:{victim}")
-    assert not isinstance(e.value, EngineDied), "there is nobody left who would restart"
-    assert len(processes(desk, "died")) == 2 == len(set(processes(desk, "died")))
-    assert not held(key).is_empty()
-    assert is_a_part_of(held(key), alone)
-    assert victim not in held(key)["sequence_id"].to_list()
-    again = score(key, write_sequences, desk)
-    assert again.n_reused > 0
+    score(key, write_sequences, desk, open_faulty, f"died once:{victim}", workers=1)
     assert held(key).equals(alone)
-
-
-@pytest.mark.parametrize("often", ["once", "always"])
-def test_an_engine_that_dies_in_this_process(
-    often: str, alone: pl.DataFrame, write_sequences: pl.DataFrame, desk: Path, tmp_path: Path
-) -> None:
-    key = key_in(tmp_path)
-    victim = write_sequences["sequence_id"][5]
-    fate = f"died {often}:{victim}"
-    if often == "once":
-        score(key, write_sequences, desk, open_faulty, fate, workers=1)
-        assert held(key).equals(alone)
-    else:
-        with pytest.raises(ScoringError, match=f"died of it 2 times: died on sequences {victim}"):
-            score(key, write_sequences, desk, open_faulty, fate, workers=1)
-        assert is_a_part_of(held(key), alone)
     assert len(processes(desk, "opened")) == 2 == len(processes(desk, "closed"))
 
 

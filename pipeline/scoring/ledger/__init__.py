@@ -1,0 +1,46 @@
+"""The ledger: every log-prob ever computed, once, under the identity of what computed it.
+
+    <ledger>/<model_id>/<numerics_id>/logprobs/<hash>.parquet
+                                      token_logprobs/<hash>.parquet
+                                      unscored/<hash>.parquet
+                                      manifest/<number>.json
+                                      set_aside/, trust/, lock
+
+A commit writes part files and then a manifest that names them with size and hash; a part no
+manifest names does not exist. Manifest numbers order the commits: of two values for one sequence,
+the first committed wins, for ever. What is damaged is set aside and so scored again. Writers and
+readers wait for nobody; only the collection of garbage waits for commits in flight.
+"""
+
+from pipeline.scoring.ledger.collection import Garbage, collect
+from pipeline.scoring.ledger.commits import (
+    ScorerKey,
+    append,
+    read_logprobs,
+    read_token_logprobs,
+    read_unscored,
+    scorer_directories,
+    scorers,
+)
+from pipeline.scoring.ledger.compaction import Compacted, compact
+from pipeline.scoring.ledger.contents import Fault, inventory, verify_ledger
+from pipeline.scoring.ledger.trust import last_trust, record_trust
+
+__all__ = [
+    "Compacted",
+    "Fault",
+    "Garbage",
+    "ScorerKey",
+    "append",
+    "collect",
+    "compact",
+    "inventory",
+    "last_trust",
+    "read_logprobs",
+    "read_token_logprobs",
+    "read_unscored",
+    "record_trust",
+    "scorer_directories",
+    "scorers",
+    "verify_ledger",
+]

@@ -1,0 +1,1 @@
+"""The ledger: committed, damaged, killed, compacted, collected."""

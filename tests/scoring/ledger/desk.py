@@ -1,0 +1,125 @@
+"""What the ledger's tests share: a fake scorer, sequences, and processes that are cheap to kill.
+
+A process is forked from a server that has imported everything, so hundreds of them are affordable.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from support import FAKE_NUMERICS, FakeEngine
+
+from pipeline import failpoints
+from pipeline.models import Checkpoint, ModelIdentity
+from pipeline.plan import ModelConfig, ScoringConfig
+from pipeline.scoring.ledger import ScorerKey, append, read_logprobs, read_token_logprobs
+from pipeline.scoring.run import ScoringResult, score_sequences
+from pipeline.tokenization import sequence_id
+from schemas import LogProb, Sequence, TokenLogProb, polars_schema
+
+CONFIG = ModelConfig(checkpoint="none")
+CHECKPOINT = Checkpoint(Path("/none"))
+PROVENANCE = {"checkpoint": "c", "versions": "{}", "host": "h", "created_at": "now"}
+A, B, C = "a" * 32, "b" * 32, "c" * 32
+
+
+def fake_key(root: Path, model: str = "model") -> ScorerKey:
+    return ScorerKey(root / "ledger", ModelIdentity(model, "{}", ""), FAKE_NUMERICS)
+
+
+def score(
+    key: ScorerKey, sequences: pl.DataFrame, engine: FakeEngine | None = None, **settings: Any
+) -> ScoringResult:
+    used = engine or FakeEngine()
+    return score_sequences(
+        "m", key, CONFIG, CHECKPOINT, sequences, ScoringConfig(**settings), lambda *_: used
+    )
+
+
+def rows(key: ScorerKey, values: dict[str, float]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    scorer = {"model_id": key.model.model_id, "numerics_id": FAKE_NUMERICS.numerics_id}
+    sums = [{**scorer, "sequence_id": i, "logprob": v, "n_tokens": 1} for i, v in values.items()]
+    tokens = [{**scorer, "sequence_id": i, "logprobs": [v]} for i, v in values.items()]
+    return (
+        pl.DataFrame(sums, schema=polars_schema(LogProb)),
+        pl.DataFrame(tokens, schema=polars_schema(TokenLogProb)),
+    )
+
+
+def put(key: ScorerKey, **values: float) -> None:
+    """Commit some sums; a name of one letter stands for an id of 32."""
+    append(key, *rows(key, {name * 32: value for name, value in values.items()}), PROVENANCE)
+
+
+def held(key: ScorerKey) -> dict[str, float]:
+    """What is read, by the first letter of the id."""
+    return {i[0]: value for i, value in read_logprobs(key).select(ID_AND_SUM).iter_rows()}
+
+
+ID_AND_SUM = ["sequence_id", "logprob"]
+
+
+def everything(key: ScorerKey) -> pl.DataFrame:
+    """The ledger in canonical order, token by token."""
+    return read_logprobs(key).join(read_token_logprobs(key), on="sequence_id").sort("sequence_id")
+
+
+def made_sequences(n_prompts: int, seed: int = 0) -> pl.DataFrame:
+    """A `sequences` table, two replies to a prompt; quick enough for ten thousand of them."""
+    generator = np.random.default_rng(seed)
+    table = []
+    for _ in range(n_prompts):
+        prompt = generator.integers(3, 300, generator.integers(3, 20)).astype(np.int32)
+        for _ in range(2):
+            ids = generator.integers(3, 300, generator.integers(2, 12)).astype(np.int32)
+            table.append(
+                {
+                    "sequence_id": sequence_id(prompt, ids, [(0, len(ids))]),
+                    "prompt_ids": prompt.tolist(),
+                    "completion_ids": ids.tolist(),
+                    "spans": [{"start": 0, "end": len(ids)}],
+                    "n_prompt": len(prompt),
+                    "n_scored": len(ids),
+                    "truncated": False,
+                }
+            )
+    return pl.DataFrame(table, schema=polars_schema(Sequence)).sort("sequence_id")
+
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def _server() -> None:
+    """Start the server from which processes are forked; it finds modules as this process does."""
+    _context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+
+
+def begin(work: Callable[..., None], *arguments: object, fail: str = "") -> ForkServerProcess:
+    """Begin some work in a process of its own; `fail` as `LOGRATIO_FAIL`."""
+    _server()
+    process = _context.Process(target=_work, args=(work, arguments, fail))
+    process.start()
+    return process
+
+
+def ended(process: ForkServerProcess) -> int:
+    """Wait for it: 0, or minus the number of the signal that killed it."""
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def _work(work: Callable[..., None], arguments: tuple[Any, ...], fail: str) -> None:
+    failpoints.arm(fail)
+    work(*arguments)
