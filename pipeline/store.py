@@ -233,7 +233,6 @@ def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataF
 def _verify_table(path: Path, table: str, digest: str | None = None) -> None:
     verify(path, digest or path.name.partition(".")[0])
     _require_table(path, path, table)
-    return pl.read_parquet(path, glob=False, hive_partitioning=False)
 
 
 def read_verified(path: Path, table: str, digest: str, n_bytes: int) -> pl.DataFrame:
