@@ -44,6 +44,8 @@ def plan_definitions(path: Path) -> dg.Definitions:
         assets.append(training.policy(plan, name))
     for name in plan.policies:
         assets += [report.implicit_rewards(plan, name), report.reward_report(plan, name)]
+    if plan.policies:
+        assets.append(report.loss_landscape(plan))
     return dg.Definitions(
         assets=assets,
         asset_checks=[

@@ -16,6 +16,7 @@ from pipeline.plan import Plan
 from schemas import PreferenceLabel, PreferencePair, QuarantinedRow, Sequence, Table
 
 GROUP = "intake"
+LIMITS = "rules_stay_within_their_limits"
 
 
 def _observed(**arguments: Any) -> Callable[..., Any]:
@@ -90,7 +91,7 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
             dg.AssetCheckSpec(
                 "no_training_prompt_is_near_an_evaluated_one", asset=pairs, blocking=True
             ),
-            dg.AssetCheckSpec("rules_stay_within_their_limits", asset=quarantine, blocking=True),
+            dg.AssetCheckSpec(LIMITS, asset=quarantine, blocking=True),
         ],
         required_resource_keys={resource_key(plan.name)},
     )
@@ -107,6 +108,7 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                 **table_metadata(result.pairs, "pairs"),
                 **{f"pairs_{split}": n for split, n in result.pairs_by_split.items()},
                 "flags": counts_markdown(result.flags, "no pair is flagged"),
+                **{f"auc/{row['feature']}": row["auc"] for row in result.confounds.to_dicts()},
             },
             check_results=_pair_checks(pairs, run_plan, result),
         )
@@ -122,10 +124,9 @@ def preference_pairs(plan: Plan) -> dg.AssetsDefinition:
                 **table_metadata(result.quarantine, "quarantine"),
                 "by_rule": counts_markdown(result.quarantined_by_rule, "nothing was quarantined"),
                 "examples": examples_markdown(result.examples, "nothing was quarantined"),
-                # A number each, and always all of them, so that Dagster draws them over time.
-                **{f"rule/{row['rule']}": row["n"] for row in result.rules.to_dicts()},
+                **_rule_numbers(result.rules),
             },
-            check_results=[_limits_check(quarantine, result)],
+            check_results=[_limits_check(quarantine, result.rules)],
         )
 
     return intake
@@ -163,14 +164,19 @@ def _pair_checks(key: dg.AssetKey, plan: Plan, result: IntakeResult) -> list[dg.
     ]
 
 
-def _limits_check(key: dg.AssetKey, result: IntakeResult) -> dg.AssetCheckResult:
-    limited = result.rules.filter(pl.col("at_most").is_not_null())
+def _rule_numbers(rules: pl.DataFrame) -> dict[str, int]:
+    """A number for every rule, always for all of them, so that Dagster draws them over time."""
+    return {f"rule/{row['rule']}": row["n"] for row in rules.to_dicts()}
+
+
+def _limits_check(key: dg.AssetKey, rules: pl.DataFrame) -> dg.AssetCheckResult:
+    limited = rules.filter(pl.col("at_most").is_not_null())
     return dg.AssetCheckResult(
         asset_key=key,
-        check_name="rules_stay_within_their_limits",
+        check_name=LIMITS,
         passed=limited["holds"].all(),
         metadata={
-            row["rule"]: f"{row['share']:.4f} of the rows, at most {row['at_most']:g}"
+            row["rule"]: f"{row['share']:.4f} of them, at most {row['at_most']:g}"
             for row in limited.to_dicts()
         },
     )
@@ -191,7 +197,8 @@ def sequences(plan: Plan) -> dg.AssetsDefinition:
                 "every_pair_is_tokenised_or_listed",
                 asset=[plan.name, "sequences"],
                 blocking=True,
-            )
+            ),
+            dg.AssetCheckSpec(LIMITS, asset=[plan.name, "sequences"], blocking=True),
         ],
         required_resource_keys={resource_key(plan.name)},
     )
@@ -207,19 +214,22 @@ def sequences(plan: Plan) -> dg.AssetsDefinition:
                 "pairs_with_boundary_merge": result.n_boundary_merges,
                 "tokenization_id": result.tokenization_id,
                 **{f"kl_rows_{name}": n for name, n in result.kl_rows.items()},
+                **_rule_numbers(result.rules),
                 "untokenised_by_rule": counts_markdown(
                     result.untokenized_by_rule, "every pair was tokenised"
                 ),
             },
             check_results=[
                 dg.AssetCheckResult(
+                    check_name="every_pair_is_tokenised_or_listed",
                     passed=covered == result.n_pairs,
                     metadata={
                         "pairs": result.n_pairs,
                         "tokenised": result.pair_sequences.n_rows,
                         "listed": result.untokenized.n_rows,
                     },
-                )
+                ),
+                _limits_check(dg.AssetKey([plan.name, "sequences"]), result.rules),
             ],
         )
 

@@ -10,7 +10,7 @@ from assets.scoring import MODEL_STEP
 from pipeline import stages
 from pipeline.parity import engine_parity
 from pipeline.plan import Plan
-from schemas import Reward
+from schemas import LossLandscape, Reward
 
 GROUP = "report"
 PARTS = ["rows", "pairs", "splits", "baselines", "training", "noise", "finite"]
@@ -118,6 +118,37 @@ def reward_report(plan: Plan, name: str) -> dg.AssetsDefinition:
         )
 
     return reported
+
+
+def loss_landscape(plan: Plan) -> dg.AssetsDefinition:
+    """What many losses would make of the plan's policies; nothing is trained for it."""
+
+    @dg.asset(
+        key=[plan.name, "loss_landscape"],
+        deps=[
+            dg.AssetKey([plan.name, "preference_pairs"]),
+            *[dg.AssetKey([plan.name, f"implicit_rewards_{name}"]) for name in plan.policies],
+        ],
+        group_name=GROUP,
+        kinds={"polars", "parquet"},
+        description="Fixed policies as many losses see them, not a retraining study: one row is a "
+        "loss with one setting, its mean loss and its gradient weights over a policy's cached "
+        "log-probs.",
+        metadata={"dagster/column_schema": column_schema(LossLandscape)},
+        required_resource_keys={resource_key(plan.name)},
+    )
+    def landscape(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        result = stages.compute_landscape(*opened(context, plan.name))
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result.table.digest),
+            metadata={
+                **table_metadata(result.table, "loss_landscape"),
+                "losses": ", ".join(result.losses),
+                "figure": png_markdown(result.png, "effective share of the pairs over beta"),
+            },
+        )
+
+    return landscape
 
 
 def _trained(plan: Plan, name: str) -> list[dg.AssetKey]:

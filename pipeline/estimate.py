@@ -122,8 +122,9 @@ def _passes(plan: Plan, n_pairs: int) -> Iterator[_Pass]:
     most = plan.scoring.train_pairs
     n_reported = n_test + (n_train if most is None else min(n_train, most))
     for objective in plan.objectives.values():
-        kl_pairs = seen if objective.spec.needs_kl else 0.0
-        yield _Pass(plan.models[objective.start], "torch", kl_pairs, seen, at_once)
+        # Mismatched replies, and a first look at the step's own, are run without a gradient.
+        looked_at = seen * (objective.spec.needs_kl + objective.spec.needs_batch)
+        yield _Pass(plan.models[objective.start], "torch", looked_at, seen, at_once)
     for name in plan.policies:
         reference = plan.models[plan.reference_of(name)]
         yield _Pass(reference, engine_of(reference), n_reported, at_once=at_once)

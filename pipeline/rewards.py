@@ -6,20 +6,16 @@ the policy agrees with the preference.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import polars as pl
 
 from pipeline.errors import LogratioError, ScoringError
+from pipeline.losses import LossSpec, Statistics, Values
+from pipeline.losses.table import evaluate
 from schemas import Reward, polars_schema
-
-Score = Callable[[pl.Expr, pl.Expr, pl.Expr], pl.Expr]
-"""(log-ratio, policy log-prob, scored tokens) of one reply to its score in a loss's own scale."""
-
-Weight = Callable[[pl.Expr, pl.Expr], pl.Expr]
-"""(score of chosen, score of rejected) to the pair's gradient weight, |dLoss/d score|."""
 
 _SIDES = ("chosen", "rejected")
 _SHOWN_IDS = 3
@@ -110,8 +106,9 @@ def reward_table(
     policy: pl.DataFrame,
     *,
     beta: float,
-    score: Score,
-    gradient_weight: Weight,
+    spec: LossSpec,
+    values: Values,
+    statistics: Statistics,
     policy_id: str,
     pairs_digest: str,
     noise_floor: float | None = None,
@@ -126,8 +123,9 @@ def reward_table(
         reference: `schemas.LogProb` of one model under one numerics; sums in nats.
         policy: the same for the policy.
         beta: the report's, the same for every policy.
-        score: one reply's score in the objective's own scale; for DPO its beta times the log-ratio.
-        gradient_weight: of the two scores (lecture 6.2).
+        spec: the objective's loss, whose scores and gradient weights (lecture 6.2) are shown.
+        values: its parameters.
+        statistics: what it knows beside its pair, for instance KTO's `kl`.
         policy_id: of the trained policy.
         pairs_digest: the snapshot `pairs` was read from.
         noise_floor: what a log-prob of either model may be off by, nats; None if not measured.
@@ -139,6 +137,7 @@ def reward_table(
         MissingLogProbsError: a tokenised pair's sequence was not scored.
         NonFiniteLogProbsError: a log-prob, or a number made of them, is not finite.
         TokenCountsDifferError: the two models scored different tokens of a sequence.
+        LossInputError: the loss needs a column that `pairs` has not, or its scores overflow.
     """
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta must be a positive number, not {beta}")
@@ -149,7 +148,8 @@ def reward_table(
         _require_one_scorer(frame, name)
         _require_finite(frame, ["logprob"], "sequence_id", f"the log-probs of the {name}")
 
-    joined = pairs.select("pair_id", "prompt_id", "split", "sources").join(
+    more = [column for column in spec.columns if column in pairs.columns]
+    joined = pairs.select("pair_id", "prompt_id", "split", "sources", *more).join(
         pair_sequences.select("pair_id", "chosen_id", "rejected_id"), on="pair_id"
     )
     for side in _SIDES:
@@ -166,7 +166,8 @@ def reward_table(
     _require_scored(joined)
     _require_same_tokens(joined)
 
-    table = _with_rewards(joined, beta, score, gradient_weight).with_columns(
+    joined = joined.sort("pair_id")  # joins keep no order
+    table = _with_rewards(joined, beta, spec, values, statistics).with_columns(
         policy_id=pl.lit(policy_id),
         policy_model_id=pl.lit(_only(policy, "model_id"), pl.String),
         reference_model_id=pl.lit(_only(reference, "model_id"), pl.String),
@@ -179,7 +180,7 @@ def reward_table(
     # Finite log-probs can still overflow in an objective's score.
     floats = [n for n, dtype in schema.items() if dtype == pl.Float64 and n != "noise_floor"]
     _require_finite(table, floats, "pair_id", "the rewards")
-    return table.sort("pair_id")  # joins keep no order
+    return table
 
 
 @dataclass(frozen=True)
@@ -243,33 +244,34 @@ def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[flo
 def _with_rewards(
     joined: pl.DataFrame,
     beta: float,
-    score: Score,
-    gradient_weight: Weight,
+    spec: LossSpec,
+    values: Values,
+    statistics: Statistics,
 ) -> pl.DataFrame:
     """Adds every column that follows from the log-probs, one stage at a time."""
     col = pl.col
+    counted = joined.with_columns(col(f"ref_n_{s}").alias(f"n_{s}") for s in _SIDES)
+    own = _objective(counted, spec, values, statistics)
     return (
-        joined.with_columns(beta=pl.lit(beta, pl.Float64))
+        pl.concat([counted, own], how="horizontal")
+        .with_columns(beta=pl.lit(beta, pl.Float64))
         .with_columns(
             log_ratio(col(f"policy_{s}"), col(f"ref_{s}")).alias(f"logratio_{s}") for s in _SIDES
         )
         .with_columns(
-            *(implicit_reward(col(f"logratio_{s}"), beta).alias(f"reward_{s}") for s in _SIDES),
-            *(
-                score(col(f"logratio_{s}"), col(f"policy_{s}"), col(f"ref_n_{s}")).alias(
-                    f"objective_score_{s}"
-                )
-                for s in _SIDES
-            ),
-            *(col(f"ref_n_{s}").alias(f"n_{s}") for s in _SIDES),
+            implicit_reward(col(f"logratio_{s}"), beta).alias(f"reward_{s}") for s in _SIDES
         )
         .with_columns(margin=margin(col("reward_chosen"), col("reward_rejected")))
-        .with_columns(
-            correct=correct(col("margin")),
-            gradient_weight=gradient_weight(
-                col("objective_score_chosen"), col("objective_score_rejected")
-            ),
-        )
+        .with_columns(correct=correct(col("margin")))
+    )
+
+
+def _objective(
+    counted: pl.DataFrame, spec: LossSpec, values: Values, statistics: Statistics
+) -> pl.DataFrame:
+    """Both replies' scores in the objective's own scale, and the pair's gradient weight."""
+    return evaluate(counted, spec, values, statistics).select(
+        *(pl.col(f"score_{s}").alias(f"objective_score_{s}") for s in _SIDES), "gradient_weight"
     )
 
 

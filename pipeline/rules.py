@@ -3,13 +3,20 @@
 The numbers of the pathologies are those of docs/rules.md, which is made from here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import polars as pl
+
+from schemas import RuleCount, polars_schema
 
 Action = Literal["quarantine", "quarantine_train", "leave_out", "flag", "merge", "fix", "refuse",
                  "inform", "off"]  # fmt: skip
 Stage = Literal["read", "contract", "prompt", "tokenise", "report"]
+
+INTAKE: tuple[Stage, ...] = ("read", "contract", "prompt")
+"""The stages of the intake."""
 
 ACTIONS: dict[Action, str] = {
     "quarantine": "goes to the quarantine table, is never scored",
@@ -129,7 +136,8 @@ _RULES = [
          "U+FFFD, control, zero-width or bidirectional control characters", _FLAG),
     Rule("template_date", 25, "tokenise", "refuse",
          "the template shows today's date and none is pinned"),
-    Rule("confounds", 26, "report", "inform", "one feature alone against the label"),
+    Rule("confounds", 26, "report", "inform",
+         "one feature of the text alone against the label (table `confounds`)"),
 ]  # fmt: skip
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in _RULES}
@@ -139,6 +147,41 @@ RULES: dict[str, Rule] = {rule.name: rule for rule in _RULES}
 def actions(said: Mapping[str, Action]) -> dict[str, Action]:
     """What is done under each rule, given what a plan says of some of them."""
     return {name: said.get(name, rule.default) for name, rule in RULES.items()}
+
+
+def rule_table(
+    stages: Sequence[Stage],
+    counted: Mapping[str, int],
+    n_rows: int,
+    acts: Mapping[str, Action],
+    limits: Mapping[str, float],
+) -> pl.DataFrame:
+    """How often every rule of some stages was met, as `schemas.RuleCount`.
+
+    Args:
+        stages: whose rules.
+        counted: how often a rule was met, where it was.
+        n_rows: rows that were looked at, of which `share` is one.
+        acts: what was done under each rule.
+        limits: the largest share a rule may have, where there is a limit.
+    """
+    table = []
+    for rule in RULES.values():
+        if rule.stage in stages:
+            n, limit = counted.get(rule.name, 0), limits.get(rule.name)
+            share = n / max(1, n_rows)
+            table.append(
+                {
+                    "rule": rule.name,
+                    "version": rule.version,
+                    "action": acts[rule.name],
+                    "n": n,
+                    "share": share,
+                    "at_most": limit,
+                    "holds": limit is None or share <= limit,
+                }
+            )
+    return pl.DataFrame(table, schema=polars_schema(RuleCount))
 
 
 def rules_page() -> str:
@@ -167,7 +210,8 @@ rules:
   near_eval: {action: quarantine, at_most: 0.01}
 ```
 
-Counts and shares of every rule are in the table `rule_counts`, shares over the rows read (over the
-pairs, for what tokenisation finds); the check `rules_stay_within_their_limits` compares them with
-`at_most`, and Dagster draws them over time. Rejected rows are in `quarantine` with file, row, byte
-offset, the rule and its version; pairs that tokenisation cannot carry in `untokenized_pairs`."""
+Counts and shares of every rule are in the tables `rule_counts/intake` (shares over the rows read)
+and `rule_counts/tokenise` (over the pairs); the check `rules_stay_within_their_limits` compares
+them with `at_most`, and Dagster draws them over time. Rejected rows are in `quarantine` with file,
+row, byte offset, the rule and its version; pairs that tokenisation cannot carry are in
+`untokenized_pairs`."""

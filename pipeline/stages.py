@@ -6,6 +6,7 @@ can run again: what is there already is not computed twice.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.ids import content_id, unit_interval
+from pipeline.landscape import answerable, landscape, landscape_png
 from pipeline.losses import REGISTRY
 from pipeline.models import load_tokenizer, resolve
 from pipeline.names import key_of, policy_id_of, reported_pairs, scored_by, wanted_sequences
 from pipeline.plan import ModelConfig, ObjectiveConfig, Plan
 from pipeline.report import RenderedReport, ReportInput, render
 from pipeline.rewards import reward_table
+from pipeline.rules import rule_table
 from pipeline.scoring.ledger import (
     ScorerKey,
     last_trust,
@@ -32,22 +35,35 @@ from pipeline.store import (
     Store,
     TableSnapshot,
     current_snapshot,
+    is_published,
     publish,
     publish_file,
+    publish_pieces,
     read,
+    read_pieces,
 )
-from pipeline.tokenization import Encoder, require_same_tokenizer, tokenize_pairs
+from pipeline.tokenization import (
+    Encoder,
+    label_ways,
+    pair_ways,
+    require_same_tokenizer,
+    sorted_rows,
+)
 from pipeline.training.kl_rows import kl_rows
 from pipeline.training.objective import train_objective
 from pipeline.training.policy import PolicyResult
 from schemas import (
     KlSequence,
+    LabelSequence,
+    LossLandscape,
     PairSequence,
     Reward,
+    RuleCount,
     Scorer,
     Sequence,
     Tokenization,
     TrainingStep,
+    UntokenizedLabel,
     UntokenizedPair,
     polars_schema,
 )
@@ -68,6 +84,7 @@ class TokenizeResult:
     n_tokens: int
     n_boundary_merges: int
     untokenized_by_rule: dict[str, int]
+    rules: pl.DataFrame
     kl_rows: dict[str, int]
 
 
@@ -88,6 +105,15 @@ class ScoredRows:
     mean: float
     digest: str
     unscored: dict[str, str]
+
+
+@dataclass(frozen=True)
+class LandscapeResult:
+    """The published table, which losses are in it, and a picture."""
+
+    table: TableSnapshot
+    losses: list[str]
+    png: bytes
 
 
 @dataclass(frozen=True)
@@ -114,14 +140,34 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     }
     require_same_tokenizer(tokenizers)
     encoder = Encoder(next(iter(tokenizers.values())), plan.tokenization)
-    pairs = _limited(read(store, "pairs"), plan.limit_pairs)
-    tables = tokenize_pairs(pairs, encoder)
-    publish(store, "tokenizations", tables.tokenization, Tokenization)
+    identity = encoder.identity()
+    publish(store, "tokenizations", identity, Tokenization)
+    n_pairs = n_tokens = 0
+
+    def counted_pairs() -> Iterator[pl.DataFrame]:
+        nonlocal n_pairs
+        for piece in _limited_pieces(store, plan.limit_pairs):
+            n_pairs += piece.height
+            yield piece
+
+    def counted(pieces: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        nonlocal n_tokens
+        for piece in pieces:
+            n_tokens += piece.select(pl.sum("n_prompt") + pl.sum("n_scored")).item()
+            yield piece
+
+    with sorted_rows(polars_schema(Sequence), store.directory) as rows:
+        ways = pair_ways(counted_pairs(), encoder, rows.add)
+        if is_published(store, "labels"):
+            labels = label_ways(read_pieces(store, "labels"), encoder, rows.add)
+            publish(store, "label_sequences", labels.ways, LabelSequence)
+            publish(store, "untokenized_labels", labels.untokenized, UntokenizedLabel)
+        sequences = publish_pieces(store, "sequences", counted(rows.pieces()), Sequence)
     kl = {
         name: kl_rows(
-            pairs,
-            tables.pair_sequences,
-            tables.sequences,
+            read(store, "pairs"),
+            ways.ways,
+            read(store, "sequences"),
             partner=objective.kl_partner,
             training=plan.training,
             max_length=plan.tokenization.max_length,
@@ -131,16 +177,24 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     }
     for name, table in kl.items():
         publish(store, f"kl_sequences/{name}", table, KlSequence)
-    rules = tables.untokenized["rule"].value_counts().sort("rule")
+    by_rule = dict(ways.untokenized["rule"].value_counts().sort("rule").iter_rows())
+    found = {
+        "boundary_merge": ways.ways.filter("boundary_merge").height,
+        "control_tokens": ways.ways.filter(pl.col("control_tokens") > 0).height
+        + by_rule.get("control_tokens", 0),
+    }
+    rules = rule_table(("tokenise",), {**by_rule, **found}, n_pairs, plan.actions, plan.limits)
+    publish(store, "rule_counts/tokenise", rules, RuleCount)
     return TokenizeResult(
-        n_pairs=pairs.height,
-        sequences=publish(store, "sequences", tables.sequences, Sequence),
-        pair_sequences=publish(store, "pair_sequences", tables.pair_sequences, PairSequence),
-        untokenized=publish(store, "untokenized_pairs", tables.untokenized, UntokenizedPair),
-        tokenization_id=tables.tokenization["tokenization_id"][0],
-        n_tokens=tables.sequences.select(pl.sum("n_prompt") + pl.sum("n_scored")).item(),
-        n_boundary_merges=tables.pair_sequences.filter("boundary_merge").height,
-        untokenized_by_rule=dict(rules.iter_rows()),
+        n_pairs=n_pairs,
+        sequences=sequences,
+        pair_sequences=publish(store, "pair_sequences", ways.ways, PairSequence),
+        untokenized=publish(store, "untokenized_pairs", ways.untokenized, UntokenizedPair),
+        tokenization_id=identity["tokenization_id"][0],
+        n_tokens=n_tokens,
+        n_boundary_merges=found["boundary_merge"],
+        untokenized_by_rule=by_rule,
+        rules=rules,
         kl_rows={name: table.height for name, table in kl.items()},
     )
 
@@ -206,15 +260,52 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         read_logprobs(reference),
         read_logprobs(policy),
         beta=plan.report.beta,
-        score=lambda ratio, logprob, n: spec.score(ratio, logprob, n, values),
-        gradient_weight=lambda chosen, rejected: spec.gradient_weight(
-            chosen, rejected, values, statistics
-        ),
+        spec=spec,
+        values=values,
+        statistics=statistics,
         policy_id=identifier,
         pairs_digest=current_snapshot(store, "pairs").digest,
         noise_floor=_noise_floor(reference, policy),
     )
     return publish(store, f"rewards/{name}", table, Reward)
+
+
+def compute_landscape(plan: Plan, store: Store) -> LandscapeResult:
+    """Every policy of the plan, as it is, under the losses and settings the plan asks for.
+
+    KTO is asked only where the policy's training has measured its reference point.
+
+    Raises:
+        LossInputError: a loss the plan names needs numbers that the tables do not have.
+    """
+    config = plan.report.landscape
+    strengths = read(store, "pairs").select("pair_id", "strength")
+    tables = []
+    for name in plan.policies:
+        rewards = read(store, f"rewards/{name}").join(strengths, on="pair_id", how="left")
+        if rewards["strength"].null_count():
+            rewards = rewards.drop("strength")
+        known: dict[str, float] = {}
+        if name in plan.objectives and plan.objectives[name].spec.needs_kl:
+            known["kl"] = read(store, f"training_steps/{name}")["kl"][-1]
+        asked = config.losses or answerable(rewards.columns, known)
+        grid = {
+            parameter: values
+            for parameter, values in config.grid.items()
+            if any(parameter in REGISTRY[loss].parameters for loss in asked)
+        }
+        found = landscape(rewards, asked, grid, statistics=known)
+        ids = {
+            "policy": name,
+            "policy_id": rewards["policy_id"].first(),
+            "rewards_digest": current_snapshot(store, f"rewards/{name}").digest,
+        }
+        tables.append(found.select(*(pl.lit(v).alias(k) for k, v in ids.items()), pl.all()))
+    table = pl.concat(tables)
+    own = [o.loss for o in plan.objectives.values() if isinstance(o.loss, str)]
+    losses = table["loss"].unique(maintain_order=True).to_list()
+    png = landscape_png(table, list(dict.fromkeys([*own, "dpo", "ipo", "simpo", *losses])))
+    return LandscapeResult(publish(store, "loss_landscape", table, LossLandscape), losses, png)
 
 
 def n_reported(plan: Plan, store: Store) -> int:
@@ -284,7 +375,7 @@ def _loss(objective: ObjectiveConfig) -> dict[str, str]:
     """What a policy was trained with, as a report shows it."""
     target = objective.spec.target(objective.values)
     return {
-        "loss": objective.loss,
+        "loss": objective.spec.name,
         **{key: f"{value:g}" for key, value in objective.values.items()},
         "target": "none, it always asks for more" if target is None else str(target),
         "paper": objective.spec.paper,
@@ -295,8 +386,21 @@ def _limited(pairs: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     """At most `limit` pairs, always the same ones, whatever else is in the table."""
     if limit is None or pairs.height <= limit:
         return pairs
-    kept = sorted(pairs["pair_id"], key=partial(unit_interval, salt="limit"))[:limit]
-    return pairs.filter(pl.col("pair_id").is_in(kept))
+    return pairs.filter(pl.col("pair_id").is_in(_kept(pairs["pair_id"], limit)))
+
+
+def _limited_pieces(store: Store, limit: int | None) -> Iterator[pl.DataFrame]:
+    """The same pairs, some at a time."""
+    kept = None
+    if limit is not None:
+        ids = [piece["pair_id"] for piece in read_pieces(store, "pairs", columns=["pair_id"])]
+        kept = _kept(pl.concat([pl.Series("pair_id", [], pl.String), *ids]), limit)
+    for piece in read_pieces(store, "pairs"):
+        yield piece if kept is None else piece.filter(pl.col("pair_id").is_in(kept))
+
+
+def _kept(ids: pl.Series, limit: int) -> list[str]:
+    return sorted(ids, key=partial(unit_interval, salt="limit"))[:limit]
 
 
 def _noise_floor(*keys: ScorerKey) -> float | None:

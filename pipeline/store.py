@@ -136,6 +136,28 @@ def read(store: Store, name: str) -> pl.DataFrame:
     return read_snapshot(current_snapshot(store, name).path, name.partition("/")[0])
 
 
+def is_published(store: Store, name: str) -> bool:
+    """Whether table `name` has ever been published."""
+    return store.current(name).is_symlink()
+
+
+def read_pieces(
+    store: Store, name: str, columns: list[str] | None = None, n_rows: int = 1 << 13
+) -> Iterator[pl.DataFrame]:
+    """The current snapshot of table `name`, verified; `n_rows` at a time, all columns or some.
+
+    Raises:
+        StoreError: there is none, or its bytes are not those that were published.
+    """
+    path = current_snapshot(store, name).path
+    _verify_table(path, name.partition("/")[0])
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(n_rows, columns=columns):
+            frame = pl.from_arrow(pa.Table.from_batches([batch]))
+            assert isinstance(frame, pl.DataFrame)
+            yield frame
+
+
 def current_snapshot(store: Store, name: str, suffix: str = ".parquet") -> Snapshot:
     """The current snapshot of a table or file, without reading it.
 
@@ -181,20 +203,21 @@ def _write_pieces(
     waiting, n_waiting, n_rows = [], 0, 0
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         for piece in pieces:
-            waiting.append(piece)
+            # As Arrow at once: a Polars frame may keep much larger text alive that it is a part of.
+            waiting.append(_arrow(piece, schema))
             n_waiting += piece.height
             n_rows += piece.height
             while n_waiting >= _GROUP_ROWS:
-                together = pl.concat(waiting)
-                writer.write_table(_arrow(together[:_GROUP_ROWS], schema), _GROUP_ROWS)
+                together = pa.concat_tables(waiting)
+                writer.write_table(together[:_GROUP_ROWS].combine_chunks(), _GROUP_ROWS)
                 waiting, n_waiting = [together[_GROUP_ROWS:]], n_waiting - _GROUP_ROWS
         if n_waiting:
-            writer.write_table(_arrow(pl.concat(waiting), schema), _GROUP_ROWS)
+            writer.write_table(pa.concat_tables(waiting).combine_chunks(), _GROUP_ROWS)
     return n_rows
 
 
 def _arrow(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
-    return frame.to_arrow().cast(schema).combine_chunks()
+    return frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
 
 
 def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataFrame:
@@ -203,9 +226,13 @@ def read_snapshot(path: Path, table: str, digest: str | None = None) -> pl.DataF
     Raises:
         StoreError: missing, damaged, or another table's file.
     """
+    _verify_table(path, table, digest)
+    return pl.read_parquet(path, glob=False, hive_partitioning=False)
+
+
+def _verify_table(path: Path, table: str, digest: str | None = None) -> None:
     verify(path, digest or path.name.partition(".")[0])
     _require_table(path, path, table)
-    return pl.read_parquet(path, glob=False, hive_partitioning=False)
 
 
 def read_verified(path: Path, table: str, digest: str, n_bytes: int) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
 from schemas.base import MESSAGES, SPANS, TOKEN_IDS, Table, polars_schema, require_validation
 from schemas.intake import (
+    Confound,
     InputRow,
     LabelCandidate,
     PairCandidate,
@@ -11,13 +12,16 @@ from schemas.intake import (
     RuleCount,
     UnitCandidate,
 )
+from schemas.landscape import LossLandscape
 from schemas.rewards import Reward
 from schemas.scoring import LogProb, Scorer, TokenLogProb, UnscoredSequence, identity_fields
 from schemas.sequences import (
     KlSequence,
+    LabelSequence,
     PairSequence,
     Sequence,
     Tokenization,
+    UntokenizedLabel,
     UntokenizedPair,
 )
 from schemas.training import TrainingStep
@@ -26,10 +30,13 @@ __all__ = [
     "MESSAGES",
     "SPANS",
     "TOKEN_IDS",
+    "Confound",
     "InputRow",
     "KlSequence",
     "LabelCandidate",
+    "LabelSequence",
     "LogProb",
+    "LossLandscape",
     "PairCandidate",
     "PairSequence",
     "PreferenceLabel",
@@ -45,6 +52,7 @@ __all__ = [
     "TrainingStep",
     "UnitCandidate",
     "UnscoredSequence",
+    "UntokenizedLabel",
     "UntokenizedPair",
     "identity_fields",
     "polars_schema",

@@ -112,6 +112,18 @@ class RuleCount(Table):
     holds: bool = pa.Field(description="The share is within its limit.")
 
 
+class Confound(Table):
+    """One row is a feature of a reply's text, and how far it alone tells chosen from rejected."""
+
+    feature: str = pa.Field(unique=True)
+    n: int = pa.Field(ge=0, description="Pairs.")
+    chosen_has_more: int = pa.Field(ge=0)
+    rejected_has_more: int = pa.Field(ge=0)
+    auc: float = pa.Field(
+        ge=0, le=1, description="Share of pairs whose chosen reply has more of it, ties half."
+    )
+
+
 class UnitCandidate(pa.DataFrameModel):
     """What every unit as read must keep, before it is accepted.
 

@@ -54,6 +54,20 @@ class PairSequence(Table):
     )
 
 
+class LabelSequence(Table):
+    """One row is a label's way to its sequence under one tokenisation."""
+
+    tokenization_id: str = pa.Field(str_matches=ID)
+    label_id: str = pa.Field(unique=True, str_matches=ID)
+    sequence_id: str = pa.Field(str_matches=ID)
+    boundary_merge: bool = pa.Field(
+        description="Encoding prompt and completion in one go would give other ids."
+    )
+    control_tokens: int = pa.Field(
+        ge=0, description="Control-token strings found inside the messages' text."
+    )
+
+
 class KlSequence(Table):
     """One row is a mismatched reply: a row of training data answered by another row's reply.
 
@@ -88,6 +102,18 @@ class UntokenizedPair(Table):
     pair_id: str = pa.Field(unique=True, str_matches=ID)
     file: str
     row: int = pa.Field(ge=0)
-    byte_offset: int = pa.Field(ge=0)
+    byte_offset: int | None = pa.Field(nullable=True, ge=0)
+    rule: str
+    detail: str
+
+
+class UntokenizedLabel(Table):
+    """One row is a valid label that cannot be scored under this tokenisation, and why."""
+
+    tokenization_id: str = pa.Field(str_matches=ID)
+    label_id: str = pa.Field(unique=True, str_matches=ID)
+    file: str
+    row: int = pa.Field(ge=0)
+    byte_offset: int | None = pa.Field(nullable=True, ge=0)
     rule: str
     detail: str

@@ -25,12 +25,16 @@ def main() -> int:
     """Run it; 0 if the quarantine is exactly the garbage at every size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[250_000, 1_000_000])
-    parser.add_argument("--folder", type=Path, help="where files and tables go; default temporary")
+    parser.add_argument("--rows-in", type=Path, help="keeps the files there, and takes them again")
     parser.add_argument("--output", type=Path, default=Path("intake.json"))
     parser.add_argument("--near", action="store_true", help="also with near-duplicate search")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        results = [_measured(Path(folder), n, options.near) for n in options.rows]
+    with tempfile.TemporaryDirectory() as folder:
+        kept = options.rows_in or Path(folder)
+        for n in options.rows:
+            if not _truth(kept, n).exists():
+                child(write, _rows(kept, n), _truth(kept, n), n)
+        results = [_measured(kept, Path(folder), n, options.near) for n in options.rows]
     for smaller, larger in pairwise(results):
         grown = larger["peak_bytes"] - smaller["peak_bytes"]
         larger["bytes_per_row"] = grown / (larger["rows"] - smaller["rows"])
@@ -40,9 +44,16 @@ def main() -> int:
     return 0 if all(result["exact"] for result in results) else 1
 
 
-def _measured(folder: Path, n: int, near: bool) -> dict[str, Any]:
-    source, truth = folder / f"rows_{n}.jsonl", folder / f"truth_{n}.jsonl"
-    child(write, source, truth, n)
+def _rows(folder: Path, n: int) -> Path:
+    return folder / f"rows_{n}.jsonl"
+
+
+def _truth(folder: Path, n: int) -> Path:
+    return folder / f"truth_{n}.jsonl"
+
+
+def _measured(rows: Path, folder: Path, n: int, near: bool) -> dict[str, Any]:
+    source, truth = _rows(rows, n), _truth(rows, n)
     seconds, peak = child(intake, source, folder / f"store_{n}", _WITHOUT)
     result: dict[str, Any] = {"rows": n, "file_bytes": source.stat().st_size,
                               "seconds": seconds, "peak_bytes": peak}  # fmt: skip

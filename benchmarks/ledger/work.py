@@ -89,12 +89,13 @@ def _publish(plan: Plan, n_pairs: int, seed: int) -> None:
             reply = generator.integers(3, 32_000, generator.integers(*REPLY_TOKENS))
             reply = reply.astype(np.int32)
             ids.append(sequence_id(prompt, reply, [(0, len(reply))]))
-            rows.append((ids[-1], prompt, reply, None, len(prompt), len(reply), False))
+            spans = [{"start": 0, "end": len(reply)}]
+            rows.append((ids[-1], prompt, reply, spans, len(prompt), len(reply), False))
         ways.append(("0" * 32, f"{pair:032x}", *ids, False, 0))
-    schema = polars_schema(Sequence)
-    columns = dict(zip(schema, map(list, zip(*rows, strict=True)), strict=True))
-    columns["spans"] = [[{"start": 0, "end": row[5]}] for row in rows]
-    sequences = pl.DataFrame(columns, schema=schema).sort("sequence_id")
+    sequences = pl.DataFrame(
+        {name: [row[i] for row in rows] for i, name in enumerate(polars_schema(Sequence))},
+        schema=polars_schema(Sequence),
+    ).sort("sequence_id")
     pairs = pl.DataFrame(ways, schema=polars_schema(PairSequence), orient="row")
     store = store_of(plan)
     publish(store, "sequences", sequences, Sequence)

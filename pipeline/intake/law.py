@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import polars as pl
 
-from pipeline.intake.units import LABEL, PAIR
+from pipeline.intake.rows.units import LABEL, PAIR
 from pipeline.rules import RULES
 from schemas import InputRow, QuarantinedRow, polars_schema
 from schemas.intake import DISPOSITIONS
@@ -27,7 +27,7 @@ def row_states(fates: pl.DataFrame) -> pl.DataFrame:
     """One row per input row that gave something: `ordinal, n_units, new, kind, id`, sorted.
 
     Args:
-        fates: `pipeline.intake.merge.FATE_SCHEMA`.
+        fates: `pipeline.intake.prompts.merge.FATE_SCHEMA`.
     """
     return (
         fates.sort("ordinal", "unit")
@@ -72,7 +72,7 @@ def quarantined(read: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
 
     Args:
         read: the rows they are of, as `PLACE_SCHEMA`.
-        rejected: `pipeline.intake.contract.REJECTED_SCHEMA`.
+        rejected: `pipeline.intake.rows.contract.REJECTED_SCHEMA`.
     """
     versions = pl.DataFrame(
         {"rule": list(RULES), "rule_version": [rule.version for rule in RULES.values()]},

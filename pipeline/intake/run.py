@@ -7,15 +7,14 @@ published piece by piece. Ids and disposition of a row stay in memory, some 40 b
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
 from pipeline.errors import SourceError, StoreError
-from pipeline.intake.contract import REJECTED_SCHEMA
-from pipeline.intake.judging import Bucket, JudgedBucket, judge_bucket, read_merged
+from pipeline.intake.confounds import confound_table, count_confounds
 from pipeline.intake.law import (
     PLACE_SCHEMA,
     count_fates,
@@ -24,19 +23,22 @@ from pipeline.intake.law import (
     row_law,
     row_states,
 )
-from pipeline.intake.leakage import PromptTask, search
-from pipeline.intake.merge import FATE_SCHEMA, Setting
 from pipeline.intake.parallel import FEW, in_order
-from pipeline.intake.reading import Chunk, ReadChunk, read_chunk
+from pipeline.intake.prompts.judging import Bucket, JudgedBucket, judge_bucket, read_merged
+from pipeline.intake.prompts.leakage import PromptTask, search
+from pipeline.intake.prompts.merge import FATE_SCHEMA, Setting
+from pipeline.intake.prompts.splits import prompts_in_two_splits
+from pipeline.intake.rows.contract import REJECTED_SCHEMA
+from pipeline.intake.rows.reading import Chunk, ReadChunk, read_chunk
+from pipeline.intake.rows.units import LABEL, PAIR
 from pipeline.intake.sources import raw_rows, shape_of_source
-from pipeline.intake.splits import prompts_in_two_splits
 from pipeline.intake.spool import BUCKETS, read_parts
-from pipeline.intake.units import LABEL, PAIR
 from pipeline.plan import Plan
-from pipeline.rules import RULES
+from pipeline.rules import INTAKE, rule_table
 from pipeline.sources import RawRow
 from pipeline.store import Store, TableSnapshot, publish, publish_pieces
 from schemas import (
+    Confound,
     InputRow,
     PreferenceLabel,
     PreferencePair,
@@ -63,6 +65,7 @@ class IntakeResult:
     rows: TableSnapshot
     quarantine: TableSnapshot
     rule_counts: TableSnapshot
+    confounds: pl.DataFrame
     law: pl.DataFrame
     rules: pl.DataFrame
     examples: pl.DataFrame
@@ -79,6 +82,7 @@ class _Counts:
 
     fates: Counter[tuple[str, str]]
     splits: Counter[str]
+    confounds: Counter[tuple[str, str]]
     votes: int = 0
     in_two_splits: int = 0
     trained_near_eval: int = 0
@@ -114,7 +118,7 @@ def _run(plan: Plan, store: Store, spool: Path) -> IntakeResult:
         ]
     ).sort("ordinal", "unit")
 
-    counts = _Counts(Counter(), Counter())
+    counts = _Counts(Counter(), Counter(), Counter())
     examples = _Examples()
     pairs = publish_pieces(store, "pairs", _pairs(judged, spool, counts), PreferencePair)
     labels = publish_pieces(store, "labels", _labels(judged, spool, counts), PreferenceLabel)
@@ -126,13 +130,16 @@ def _run(plan: Plan, store: Store, spool: Path) -> IntakeResult:
     by_rule = Counter(rejected["rule"].to_list())
     by_rule["duplicate"] = sum(n for (_, fate), n in counts.fates.items() if fate == "merged")
     by_rule["byte_order_mark"] = sum(chunk.n_byte_order_marks for chunk in read)
-    rules = _rule_counts(plan, by_rule + flags, sum(n_read.values()))
+    rules = rule_table(INTAKE, by_rule + flags, sum(n_read.values()), plan.actions, plan.limits)
+    confounds = confound_table(counts.confounds)
+    publish(store, "confounds", confounds, Confound)
     result = IntakeResult(
         pairs=pairs,
         labels=labels,
         rows=rows,
         quarantine=quarantine,
-        rule_counts=publish(store, "rule_counts", rules, RuleCount),
+        rule_counts=publish(store, "rule_counts/intake", rules, RuleCount),
+        confounds=confounds,
         law=row_law(counts.fates, n_read, counts.votes),
         rules=rules,
         examples=examples.frame(),
@@ -243,6 +250,7 @@ def _pairs(judged: list[JudgedBucket], spool: Path, counts: _Counts) -> Iterator
             counts.trained_near_eval += table.filter(trained).height
         counts.splits.update(pairs["split"].to_list())
         counts.votes += int(pairs["votes"].sum())
+        counts.confounds += count_confounds(pairs)
         yield pairs
 
 
@@ -299,28 +307,6 @@ class _Examples:
         return (
             together.group_by("rule", maintain_order=True).head(_EXAMPLES).select(together.columns)
         )
-
-
-def _rule_counts(plan: Plan, counted: Mapping[str, int], n_rows: int) -> pl.DataFrame:
-    """How often every rule of the intake was met, as `schemas.RuleCount`."""
-    acts = plan.actions
-    table = []
-    for rule in RULES.values():
-        if rule.stage in ("read", "contract", "prompt"):
-            n = counted.get(rule.name, 0)
-            share, limit = n / max(1, n_rows), plan.limits.get(rule.name)
-            table.append(
-                {
-                    "rule": rule.name,
-                    "version": rule.version,
-                    "action": acts[rule.name],
-                    "n": n,
-                    "share": share,
-                    "at_most": limit,
-                    "holds": limit is None or share <= limit,
-                }
-            )
-    return pl.DataFrame(table, schema=polars_schema(RuleCount))
 
 
 def _units(spool: Path, number: int) -> Path:

@@ -1,15 +1,18 @@
-"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306) over pairs."""
+"""Losses of either side on its own: KTO, the lecture's KTO and APO, NCA, BCO."""
 
 from typing import TYPE_CHECKING
 
-import polars as pl
-
-from pipeline.losses.base import LossSpec, PairBatch, Statistics, Values
-from pipeline.losses.dpo import reward
-from pipeline.losses.sigmoid import sigmoid, sigmoid_slope
+from pipeline.losses.base import LossSpec, Pair, PairBatch, Parameter, Statistics, Values
+from pipeline.losses.dpo import BETA, logistic, reward_margin
+from pipeline.losses.scales import REWARD
+from pipeline.losses.stable import sigmoid, sigmoid_slope
 
 if TYPE_CHECKING:
     import torch
+
+
+def _rewards(batch: PairBatch, values: Values) -> Pair:
+    return values["beta"] * batch.chosen.log_ratio, values["beta"] * batch.rejected.log_ratio
 
 
 def kto_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
@@ -21,10 +24,8 @@ def kto_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch
     over rows.
     """
     beta, z0 = values["beta"], _reference_point(statistics)
-    chosen = batch.policy_chosen - batch.reference_chosen
-    rejected = batch.policy_rejected - batch.reference_rejected
-    desirable = values["desirable_weight"] * sigmoid(beta * (z0 - chosen))
-    undesirable = values["undesirable_weight"] * sigmoid(beta * (rejected - z0))
+    desirable = values["desirable_weight"] * sigmoid(beta * (z0 - batch.chosen.log_ratio))
+    undesirable = values["undesirable_weight"] * sigmoid(beta * (batch.rejected.log_ratio - z0))
     return (desirable + undesirable) / 2
 
 
@@ -32,27 +33,197 @@ def _reference_point(statistics: Statistics) -> float:
     return max(statistics["kl"], 0.0)  # in this order a NaN stays one, and shows in the loss
 
 
-def _gradient_weight(
-    chosen: pl.Expr, rejected: pl.Expr, values: Values, statistics: Statistics
-) -> pl.Expr:
-    """The mean of both sides' |dLoss/d reward|, each weight / 2 * sigmoid(u) * sigmoid(-u).
+def kto_slopes(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
+    """-weight / 2 * sigmoid(u) * sigmoid(-u) and its opposite, u the reward minus beta * z0.
 
-    u is the side's reward minus beta * z0. The halves are the loss's: it is a mean of two rows.
+    The halves are the loss's: it is a mean of two rows.
     """
+    chosen, rejected = _rewards(batch, values)
     shift = values["beta"] * _reference_point(statistics)
-    desirable = values["desirable_weight"] / 2 * sigmoid_slope(chosen - shift)
-    undesirable = values["undesirable_weight"] / 2 * sigmoid_slope(rejected - shift)
+    return (
+        -values["desirable_weight"] / 2 * sigmoid_slope(chosen - shift),
+        values["undesirable_weight"] / 2 * sigmoid_slope(rejected - shift),
+    )
+
+
+def apo_zero_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
+    """1 - sigmoid(chosen reward) + sigmoid(rejected reward) per pair, [B] (APO, eq. 7).
+
+    It is the lecture's KTO: twice `kto` with z0 = 0 and both weights 1, the means of the two
+    classes being added, not pooled.
+    """
+    beta = values["beta"]
+    return sigmoid(-beta * batch.chosen.log_ratio) + sigmoid(beta * batch.rejected.log_ratio)
+
+
+def apo_zero_slopes(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
+    """-sigmoid(r) sigmoid(-r) and its opposite."""
+    chosen, rejected = _rewards(batch, values)
+    return -sigmoid_slope(chosen), sigmoid_slope(rejected)
+
+
+def apo_down_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
+    """Sigmoid(chosen reward) + 1 - sigmoid(reward margin) per pair, [B] (APO, eq. 8)."""
+    chosen, _ = _rewards(batch, values)
+    return sigmoid(chosen) + sigmoid(-reward_margin(batch, values))
+
+
+def apo_down_slopes(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
+    """Sigmoid'(r_w) - sigmoid'(m), and sigmoid'(m)."""
+    chosen, _ = _rewards(batch, values)
+    apart = sigmoid_slope(reward_margin(batch, values))
+    return sigmoid_slope(chosen) - apart, apart
+
+
+def nca_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
+    """-log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2 per pair, [B]."""
+    chosen, rejected = _rewards(batch, values)
+    return logistic(chosen) + (logistic(-chosen) + logistic(-rejected)) / 2
+
+
+def nca_slopes(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
+    """Sigmoid(r_w) / 2 - sigmoid(-r_w), and sigmoid(r_l) / 2."""
+    chosen, rejected = _rewards(batch, values)
+    return sigmoid(chosen) / 2 - sigmoid(-chosen), sigmoid(rejected) / 2
+
+
+def bco_statistic(batch: PairBatch, values: Values, before: Statistics) -> Statistics:
+    """`shift`: the mean reward of all replies (delta of the paper's section 4)."""
+    chosen, rejected = _rewards(batch, values)
+    return {"shift": ((chosen.mean() + rejected.mean()) / 2).item()}
+
+
+def bco_pair_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
+    """-log sigmoid(r_w - shift) - log sigmoid(-(r_l - shift)) per pair, [B]."""
+    chosen, rejected = _rewards(batch, values)
+    return logistic(chosen - statistics["shift"]) + logistic(statistics["shift"] - rejected)
+
+
+def bco_pair_slopes(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
+    """-sigmoid(-(r_w - shift)) and sigmoid(r_l - shift)."""
+    chosen, rejected = _rewards(batch, values)
+    shift = statistics["shift"]
+    return -sigmoid(shift - chosen), sigmoid(rejected - shift)
+
+
+def bco_unpaired_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
+    """The mean of a pair's two rows, [B]; the undesirable one counts `undesirable_weight`.
+
+    The paper's weight is a density ratio of prompts per row; of pairs, which share their prompts,
+    it is 1.
+    """
+    chosen, rejected = _rewards(batch, values)
+    desirable = logistic(chosen - statistics["shift"])
+    undesirable = values["undesirable_weight"] * logistic(statistics["shift"] - rejected)
     return (desirable + undesirable) / 2
 
+
+def bco_unpaired_slopes(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
+    """Half of `bco_pair`'s, the rejected one times its weight."""
+    chosen, rejected = bco_pair_slopes(batch, values, statistics)
+    return chosen / 2, rejected / 2 * values["undesirable_weight"]
+
+
+def bco_unshifted_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
+    """`bco_pair` without the shift, as TRL has it since 0.29, [B]."""
+    return bco_pair_loss(batch, values, {"shift": 0.0})
+
+
+def bco_unshifted_slopes(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
+    """-sigmoid(-r_w) and sigmoid(r_l)."""
+    return bco_pair_slopes(batch, values, {"shift": 0.0})
+
+
+_WEIGHT = Parameter(1.0, above=0)
+_BCO = "Jung et al. 2024, arXiv 2404.04656"
 
 KTO = LossSpec(
     name="kto",
     paper="Ethayarajh et al. 2024, arXiv 2402.01306",
-    defaults={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-    needs_reference=True,
-    needs_kl=True,
+    formula="[λ_w (1 - σ(s_w - β z0)) + λ_l (1 - σ(β z0 - s_l))] / 2",
+    gradient="chosen -λ_w/2 σ'(s_w - β z0), rejected λ_l/2 σ'(s_l - β z0)",
+    parameters={"beta": BETA, "desirable_weight": _WEIGHT, "undesirable_weight": _WEIGHT},
+    needs=("reference", "kl"),
+    scale=REWARD,
     loss=kto_loss,
-    score=reward,
-    gradient_weight=_gradient_weight,
-    target=lambda values: None,
+    slopes=kto_slopes,
+)
+APO_ZERO = LossSpec(
+    name="apo_zero",
+    paper="D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7",
+    formula="1 - σ(s_w) + σ(s_l)",
+    gradient="chosen -σ'(s_w), rejected σ'(s_l)",
+    parameters={"beta": BETA},
+    needs=("reference",),
+    scale=REWARD,
+    loss=apo_zero_loss,
+    slopes=apo_zero_slopes,
+)
+LECTURE_KTO = LossSpec(
+    name="lecture_kto",
+    paper="the lecture, section 8.4, after Ethayarajh et al. 2024, arXiv 2402.01306",
+    formula="1 - σ(s_w) + σ(s_l)",
+    gradient="chosen -σ'(s_w), rejected σ'(s_l)",
+    parameters={"beta": BETA},
+    needs=("reference",),
+    scale=REWARD,
+    loss=apo_zero_loss,
+    slopes=apo_zero_slopes,
+)
+APO_DOWN = LossSpec(
+    name="apo_down",
+    paper="D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8",
+    formula="σ(s_w) + 1 - σ(m)",
+    gradient="chosen σ'(s_w) - σ'(m), rejected σ'(m)",
+    parameters={"beta": BETA},
+    needs=("reference",),
+    scale=REWARD,
+    loss=apo_down_loss,
+    slopes=apo_down_slopes,
+)
+NCA_PAIR = LossSpec(
+    name="nca_pair",
+    paper="Chen et al. 2024, arXiv 2402.05369",
+    formula="-log σ(s_w) - log σ(-s_w) / 2 - log σ(-s_l) / 2",
+    gradient="chosen σ(s_w)/2 - σ(-s_w), rejected σ(s_l)/2",
+    parameters={"beta": BETA},
+    needs=("reference",),
+    scale=REWARD,
+    loss=nca_loss,
+    slopes=nca_slopes,
+)
+BCO_PAIR = LossSpec(
+    name="bco_pair",
+    paper=_BCO,
+    formula="-log σ(s_w - δ) - log σ(δ - s_l), δ the mean score of all replies",
+    gradient="chosen -σ(δ - s_w), rejected σ(s_l - δ)",
+    parameters={"beta": BETA},
+    needs=("reference", "batch"),
+    scale=REWARD,
+    loss=bco_pair_loss,
+    slopes=bco_pair_slopes,
+    statistic=bco_statistic,
+)
+BCO_UNPAIRED = LossSpec(
+    name="bco_unpaired",
+    paper=_BCO,
+    formula="[-log σ(s_w - δ) - w log σ(δ - s_l)] / 2, δ the mean score of all replies",
+    gradient="chosen -σ(δ - s_w)/2, rejected w σ(s_l - δ)/2",
+    parameters={"beta": BETA, "undesirable_weight": _WEIGHT},
+    needs=("reference", "batch"),
+    scale=REWARD,
+    loss=bco_unpaired_loss,
+    slopes=bco_unpaired_slopes,
+    statistic=bco_statistic,
+)
+BCO_PAIR_UNSHIFTED = LossSpec(
+    name="bco_pair_unshifted",
+    paper=f"{_BCO}, without δ, as TRL has it since 0.29",
+    formula="-log σ(s_w) - log σ(-s_l)",
+    gradient="chosen -σ(-s_w), rejected σ(s_l)",
+    parameters={"beta": BETA},
+    needs=("reference",),
+    scale=REWARD,
+    loss=bco_unshifted_loss,
+    slopes=bco_unshifted_slopes,
 )

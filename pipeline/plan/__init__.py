@@ -2,14 +2,14 @@
 
 from pipeline.plan.audit import write_audit_plan
 from pipeline.plan.load import environment_overrides, load_plan
+from pipeline.plan.objective import ObjectiveConfig
+from pipeline.plan.report import LandscapeConfig, ReportConfig
 from pipeline.plan.sections import (
     AuditConfig,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     ParityConfig,
     Plan,
-    ReportConfig,
     ScoringConfig,
     SourceConfig,
     SplitConfig,
@@ -20,6 +20,7 @@ from pipeline.plan.sections import (
 
 __all__ = [
     "AuditConfig",
+    "LandscapeConfig",
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",

@@ -6,7 +6,8 @@ from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.plan.sections import NAME_RULE, Plan
+from pipeline.plan.faults import NAME_RULE
+from pipeline.plan.sections import Plan
 
 
 def explain(error: ValidationError, path: Path, origins: Mapping[str, str]) -> str:

@@ -3,37 +3,29 @@
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
-    StringConstraints,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from pipeline import losses
 from pipeline.ids import content_id
+from pipeline.plan.faults import SECTION, Name, fault
+from pipeline.plan.objective import ObjectiveConfig
+from pipeline.plan.report import ReportConfig
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-"""A name is a path and a Dagster key at once: lower-case letters, digits and underscores."""
-
-NAME_RULE = (
-    "a name is lower-case letters, digits and underscores, begins with a letter "
-    "and is at most 64 long"
-)
 _TAKEN = ("dagster", "ledger", "models", "policies")
 """What stands in the store beside the plans' own folders (`pipeline.store.Store`)."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = SECTION
 
 
 class SourceConfig(_Section):
@@ -148,66 +140,6 @@ class ModelConfig(_Section):
     vllm: VllmConfig = VllmConfig()
 
 
-class ObjectiveConfig(_Section):
-    """A loss with its values, the reference it is measured against and the model it starts from.
-
-    Values a plan leaves out are the loss's own (`pipeline.losses`); values it does not use are
-    refused. A loss without a reference is still reported against one: by default, its start.
-    """
-
-    loss: str
-    beta: float | None = Field(default=None, gt=0)
-    gamma: float | None = Field(default=None, ge=0, description="SimPO's, absolute.")
-    desirable_weight: float | None = Field(default=None, gt=0, description="KTO's, of chosen.")
-    undesirable_weight: float | None = Field(default=None, gt=0, description="KTO's, of rejected.")
-    kl_partner: Literal["ring", "batch_rotation"] | None = Field(
-        default=None, description="Where KTO's mismatched replies come from."
-    )
-    reference: Name
-    start: Name
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_the_loss_has_it(cls, given: Any) -> Any:
-        spec = losses.REGISTRY.get(given.get("loss", "")) if isinstance(given, dict) else None
-        if spec is None:
-            return given
-        said = {key: value for key, value in given.items() if value is not None}
-        default: dict[str, Any] = dict(spec.defaults)
-        if spec.needs_kl:
-            default["kl_partner"] = "ring"
-        for key in ("beta", "gamma", "desirable_weight", "undesirable_weight", "kl_partner"):
-            if key in said and key not in default:
-                raise _fault(key, f"the loss {spec.name} has none; it has {', '.join(default)}")
-        if not spec.needs_reference and "start" in said:
-            default["reference"] = said["start"]
-        return {**default, **said}
-
-    @field_validator("loss")
-    @classmethod
-    def _loss_is_known(cls, loss: str) -> str:
-        if loss not in losses.REGISTRY:
-            raise ValueError(f"'{loss}' is not one of {', '.join(losses.REGISTRY)}")
-        return loss
-
-    @property
-    def spec(self) -> losses.LossSpec:
-        """The loss as the registry has it."""
-        return losses.REGISTRY[self.loss]
-
-    @property
-    def values(self) -> dict[str, float]:
-        """The loss's parameters by name."""
-        return {name: getattr(self, name) for name in self.spec.defaults}
-
-    def __str__(self) -> str:
-        """For instance `ipo, beta 0.1, target 5 nats`."""
-        said = [self.loss, *(f"{name} {value:g}" for name, value in self.values.items())]
-        if (target := self.spec.target(self.values)) is not None:
-            said.append(f"target {target}")
-        return ", ".join(said)
-
-
 class AuditConfig(_Section):
     """A policy that was trained elsewhere, to be reported against a reference; both are models.
 
@@ -310,12 +242,6 @@ class ScoringConfig(_Section):
         return 1e-3 if dtype == "float32" else 1.0
 
 
-class ReportConfig(_Section):
-    """What the report applies to every policy alike."""
-
-    beta: float = Field(default=0.1, gt=0)
-
-
 class Plan(_Section):
     """A whole plan; see `plans/` for commented ones."""
 
@@ -354,7 +280,7 @@ class Plan(_Section):
     @model_validator(mode="after")
     def _names_agree(self) -> "Plan":
         if not self.sources and not self.evaluation:
-            raise _fault("sources", "there is none, and no evaluation source either")
+            raise fault("sources", "there is none, and no evaluation source either")
         said = [(f"objectives.{n}.reference", o.reference) for n, o in self.objectives.items()]
         said += [(f"objectives.{n}.start", o.start) for n, o in self.objectives.items()]
         said += [(f"audits.{n}.reference", a.reference) for n, a in self.audits.items()]
@@ -362,11 +288,11 @@ class Plan(_Section):
         for key, model in said:
             if model not in self.models:
                 known = ", ".join(self.models)
-                raise _fault(key, f"'{model}' is not one of the models: {known}")
+                raise fault(key, f"'{model}' is not one of the models: {known}")
         for policy in (self.scoring.parity and self.scoring.parity.policies) or ():
             if policy not in self.policies:
                 known = ", ".join(self.policies)
-                raise _fault("scoring.parity.policies", f"'{policy}' is not one of {known}")
+                raise fault("scoring.parity.policies", f"'{policy}' is not one of {known}")
         for section, what, left, right in (
             ("objectives", "a model and an objective", self.models, self.objectives),
             ("audits", "a model and an audit", self.models, self.audits),
@@ -374,17 +300,17 @@ class Plan(_Section):
             ("evaluation", "a source and an evaluation source", self.sources, self.evaluation),
         ):
             if both := sorted(set(left) & set(right)):
-                raise _fault(f"{section}.{both[0]}", f"names {what}; names must differ")
+                raise fault(f"{section}.{both[0]}", f"names {what}; names must differ")
         return self
 
     @model_validator(mode="after")
     def _rules_are_known(self) -> "Plan":
         for name, said in self.rules.items():
             if name not in RULES:
-                raise _fault(f"rules.{name}", f"there is no such rule; rules: {', '.join(RULES)}")
+                raise fault(f"rules.{name}", f"there is no such rule; rules: {', '.join(RULES)}")
             allowed = (RULES[name].default, *RULES[name].other)
             if said.action is not None and said.action not in allowed:
-                raise _fault(
+                raise fault(
                     f"rules.{name}.action", f"'{said.action}' is not one of {', '.join(allowed)}"
                 )
         return self
@@ -424,11 +350,6 @@ class Plan(_Section):
         """An id of everything the plan says but its store; paths count as written."""
         said = self.model_dump(mode="json", exclude={"store"})
         return content_id("plan", _as_written(said, self._written))
-
-
-def _fault(key: str, message: str) -> PydanticCustomError:
-    """An error about a key below the section that finds it."""
-    return PydanticCustomError("fault", "{message}", {"key": key, "message": message})
 
 
 def _as_written(value: Any, written: Mapping[str, str]) -> Any:

@@ -55,7 +55,7 @@ class Opening:
 class Task(Protocol[_Item, _Result]):
     """What a worker does with its engine and one item; a module-level function."""
 
-    def __call__(self, engine: Engine, item: _Item, report: Report | None) -> _Result:
+    def __call__(self, engine: Engine, item: _Item, report: Report | None, /) -> _Result:
         """Do it; called again with the same item if an engine died of it.
 
         In another process there is nobody to report to.
@@ -64,11 +64,11 @@ class Task(Protocol[_Item, _Result]):
 
 
 class Run(Protocol):
-    """Has items done by the workers; a task is a `Task`."""
+    """Has items done by the workers."""
 
     def __call__(
         self,
-        task: Callable[[Any, Any, Report | None], Any],
+        task: Task[Any, Any],
         items: Sequence[Any],
         report: Report | None,
         divide: Divide | None = None,

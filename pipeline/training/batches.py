@@ -27,7 +27,8 @@ class TrainingPair:
     """A pair ready to train on; log-probs are float64, nats.
 
     The reference's are 0 for a loss that has none. `mismatched` is by optimiser step, or under
-    None for every step; empty for a loss without a KL term.
+    None for every step; empty for a loss without a KL term. `strength` is how much better the
+    chosen reply is, None for a loss that does not ask.
     """
 
     pair_id: str
@@ -37,6 +38,7 @@ class TrainingPair:
     reference_chosen: float
     reference_rejected: float
     mismatched: Mapping[int | None, tuple[Mismatched, ...]] = field(default_factory=dict)
+    strength: float | None = None
 
     def mismatched_in(self, step: int) -> tuple[Mismatched, ...]:
         """The mismatched replies that count in an optimiser step."""
@@ -54,6 +56,8 @@ def training_pairs(
     sequences: pl.DataFrame,
     reference: pl.DataFrame | None,
     kl: pl.DataFrame | None = None,
+    *,
+    with_strength: bool = False,
 ) -> list[TrainingPair]:
     """The pairs of the `train` split, sorted by id.
 
@@ -63,13 +67,15 @@ def training_pairs(
         sequences: `schemas.Sequence` with its passes, those of mismatched replies among them.
         reference: `schemas.LogProb` of the reference, or None for a loss that has none.
         kl: `schemas.KlSequence`, for a loss with a KL term.
+        with_strength: for a loss that asks how much better the chosen reply is.
 
     Raises:
-        TrainingError: there are none, or the reference has not scored one of their sequences.
+        TrainingError: there are none, the reference has not scored one of their sequences, or a
+            strength is asked for and a pair has none.
     """
     wanted = (
         pairs.filter(pl.col("split") == "train")
-        .select("pair_id")
+        .select("pair_id", "strength")
         .join(pair_sequences, on="pair_id", how="inner")
         .sort("pair_id")
     )
@@ -78,6 +84,12 @@ def training_pairs(
         said = f" ({left_out} pairs are left out of training, see their flags)" if left_out else ""
         raise TrainingError(
             f"no pair is left to train on: none of the split 'train' was tokenised{said}"
+        )
+    if with_strength and (n := wanted["strength"].null_count()):
+        first = wanted.filter(pl.col("strength").is_null())["pair_id"][0]
+        raise TrainingError(
+            f"the loss asks how strongly the chosen reply is preferred, and {n} of {wanted.height} "
+            f"pairs have no strength, first {first}"
         )
     needed = [
         *wanted["chosen_id"],
@@ -107,6 +119,7 @@ def training_pairs(
             logprob[row["chosen_id"]],
             logprob[row["rejected_id"]],
             mismatched.get(row["pair_id"], {}),
+            row["strength"] if with_strength else None,
         )
         for row in wanted.iter_rows(named=True)
     ]
@@ -126,6 +139,7 @@ def values_digest(pairs: list[TrainingPair]) -> str:
                     for step, replies in pair.mismatched.items()
                     for reply in replies
                 ),
+                *([] if pair.strength is None else [pair.strength]),
             ]
             for pair in pairs
         ],

@@ -1,28 +1,25 @@
 """The training loop: LoRA over the start model, the reference read from the tables."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 
 from pipeline.errors import TrainingError
-from pipeline.losses import PairBatch
 from pipeline.models import Checkpoint, load_model
 from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
 from pipeline.progress import progress
-from pipeline.scoring.engines.base import Completion, Group, sequence_sum
 from pipeline.scoring.engines.forward import Forward
 from pipeline.scoring.engines.torch_engine import torch_device
 from pipeline.training.batches import TrainingPair, schedule_of, steps_per_epoch
+from pipeline.training.step import backward, look_ahead
 from schemas import TrainingStep, polars_schema
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -113,12 +110,14 @@ def train(
     per_epoch = steps_per_epoch(len(pairs), config)
     rows: list[dict[str, Any]] = []
     first: FirstStep | None = None
+    statistics: Mapping[str, float] = {}
     with progress(f"train {name}", sum(len(batch) for batch in schedule), "pairs") as bar:
         for step, batch in enumerate(schedule, start=1):
             seen = []
-            statistics = _statistics(forward, batch, step, objective, bar.advance)
-            for pair in batch:
-                seen.append(_backward(forward, pair, objective, statistics, len(batch)))
+            ahead = look_ahead(forward, batch, step, objective, statistics, bar.advance)
+            statistics = ahead.statistics
+            for pair, row in zip_longest(batch, ahead.rows):
+                seen.append(backward(forward, pair, objective, statistics, len(batch), row))
                 bar.advance(1, pair.n_tokens)
             metrics = _means(seen)
             if first is None:
@@ -179,100 +178,6 @@ def _with_adapter(
         return get_peft_model(model, adapter).eval()
     except ValueError as error:
         raise TrainingError(f"no adapter can be put on {start.path}: {error}") from error
-
-
-def _statistics(
-    forward: Forward,
-    batch: list[TrainingPair],
-    step: int,
-    objective: ObjectiveConfig,
-    report: Callable[[int, int], None],
-) -> dict[str, float]:
-    """What the loss must know of the whole step, before its update and without a gradient.
-
-    `kl`: the mean log-ratio of the step's mismatched replies, nats, at least 0 (arXiv 2402.01306,
-    section 4.1). Over the step, so that it does not depend on how the step is cut into passes.
-    """
-    import torch
-
-    if not objective.spec.needs_kl:
-        return {}
-    ratios = []
-    with torch.no_grad():
-        for pair in batch:
-            replies = pair.mismatched_in(step)
-            completions = [reply.completion for reply in replies]
-            logprobs = _sequence_logprobs(forward, pair.prompt_ids, completions)
-            for reply, logprob in zip(replies, logprobs, strict=True):
-                ratios.append(logprob.item() - reply.reference)
-                report(0, len(pair.prompt_ids) + len(reply.completion.ids))
-    if not ratios:
-        raise TrainingError(f"step {step}: {objective.loss} needs mismatched replies, and has none")
-    # In this order, so that NaN stays NaN and is refused.
-    return {"kl": max(math.fsum(ratios) / len(ratios), 0.0)}
-
-
-def _backward(
-    forward: Forward,
-    pair: TrainingPair,
-    objective: ObjectiveConfig,
-    statistics: Mapping[str, float],
-    n_pairs: int,
-) -> dict[str, float]:
-    """Add one pair's share of the step's gradient; returns its numbers before the update."""
-    import torch
-
-    spec, values = objective.spec, objective.values
-    completions = [pair.chosen, pair.rejected]
-    sides = _sequence_logprobs(forward, pair.prompt_ids, completions)
-    references = (pair.reference_chosen, pair.reference_rejected)
-    lengths = [float(len(completion.scored)) for completion in completions]
-    constants = torch.tensor(
-        [*references, *lengths], dtype=torch.float64, device=sides[0].device
-    ).unbind()
-    batch = PairBatch(*[number[None] for number in (*sides, *constants)])
-    loss = spec.loss(batch, values, statistics)[0]
-    torch.autograd.backward(loss / n_pairs)
-    chosen, rejected = (side.item() for side in sides)
-    rewards = [
-        # As TRL logs them: beta x log-ratio whatever the loss's own scale, if it has a reference.
-        values["beta"] * (logprob - reference)
-        if spec.needs_reference
-        else float(spec.score(logprob, logprob, length, values))
-        for logprob, reference, length in zip((chosen, rejected), references, lengths, strict=True)
-    ]
-    margin = rewards[0] - rewards[1]
-    return {
-        "loss": loss.item(),
-        "rewards/chosen": rewards[0],
-        "rewards/rejected": rewards[1],
-        "rewards/margins": margin,
-        "rewards/accuracies": 0.5 * ((margin > 0) + (margin >= 0)),
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-    }
-
-
-def _sequence_logprobs(
-    forward: Forward, prompt_ids: np.ndarray, completions: list[Completion]
-) -> "list[torch.Tensor]":
-    """Log-probs of one prompt's sequences, float64 scalars of exactly the ledger's values.
-
-    Where it matters to the bits what goes through the model together, that is what the engine puts
-    together: the same shapes give the same bits at step 0.
-    """
-    one_pass = len({c.pass_id or c.sequence_id for c in completions}) == 1
-    together = forward.sharing.exact or one_pass
-    passes = [completions] if together else [[c] for c in completions]
-    logprobs = [
-        row for members in passes for row in forward.logprobs([Group(prompt_ids, (*members,))])[0]
-    ]
-    totals = []
-    for row in logprobs:
-        total = row.double().sum()
-        exact = sequence_sum(row.detach().cpu().numpy())
-        totals.append(total + (exact - total.detach()))  # torch adds in another order
-    return totals
 
 
 def _first_step(

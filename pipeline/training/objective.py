@@ -44,6 +44,7 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
         wanted_sequences(plan, store, objective.reference),
         reference,
         kl,
+        with_strength="strength" in objective.spec.needs,
     )
     return train_policy(
         store,

@@ -250,7 +250,6 @@ UNUSUAL = [
     OrderedDict([("b", 1), ("a", (1, ()))]),
     np.arange(5, dtype=np.uint8)[::-1],
     np.array([], np.int32),
-    np.array([1, 2]).view(np.matrix).A1,
     {Word.ONE: 1, "a": 2},
 ]
 

@@ -53,7 +53,7 @@ def put(value: object, *keys: str) -> Change:
 
 def test_a_minimal_plan_and_its_defaults(tmp_path: Path) -> None:
     plan = load(write(tmp_path))
-    assert plan.objectives["dpo"].beta == 0.1
+    assert plan.objectives["dpo"].values == {"beta": 0.1}
     assert plan.training.learning_rate == 5e-5
     assert plan.tokenization.control_tokens == "literal"
     assert plan.evaluation == {}
@@ -359,7 +359,7 @@ OTHER: dict[str, object] = {
     "pairing": "all", "score": "other", "columns": {"chosen": "other"}, "rules": {"tied": "flag"},
     "engine": "vllm", "loss": "ipo", "head_dtype": "model", "attention_backend": "FLASH_ATTN",
     "reference_correction": "never", "parity": {"engine": "vllm"},
-    "audits": {"theirs": {"reference": "sft", "policy": "two"}},
+    "losses": ["dpo"], "audits": {"theirs": {"reference": "sft", "policy": "two"}},
 }  # fmt: skip
 """Another valid value for each key that is not a number."""
 
@@ -372,6 +372,8 @@ def another(keys: tuple[str, ...], value: Any) -> object:
         return "two"
     if keys[-1] in OTHER:
         return OTHER[keys[-1]]
+    if isinstance(value, list):
+        return [*value, 0.4]
     if isinstance(value, bool):
         return not value
     if isinstance(value, float):
@@ -407,3 +409,71 @@ def test_the_digest_changes_with_every_value_and_not_with_the_place(tmp_path: Pa
         digests.add(load(path).digest)
         changed += 1
         assert len(digests) == changed, f"{'.'.join(keys)} does not count"
+
+
+def objective(**values: object) -> Change:
+    return put({"reference": "sft", "start": "sft", **values}, "objectives", "it")
+
+
+@pytest.mark.parametrize("name", losses.REGISTRY)
+def test_every_loss_can_be_planned_with_its_defaults_or_says_what_it_lacks(
+    tmp_path: Path, name: str
+) -> None:
+    spec, path = losses.REGISTRY[name], write(tmp_path, objective(loss=name))
+    lacking = [losses.NEEDS[n] for n in spec.needs if not losses.NEEDS[n].trained]
+    if lacking:
+        message = refusal(path)
+        assert f"objectives.it.loss: {name} cannot be trained yet: it needs" in message
+        assert lacking[0].what in message
+        return
+    config = load(path).objectives["it"]
+    assert config.values == spec.defaults
+    assert config.kl_partner == ("ring" if spec.needs_kl else None)
+    for key, value in spec.defaults.items():
+        assert f"{key} {value:g}" in str(config), "defaults are shown"
+
+
+@pytest.mark.parametrize(
+    ("said", "key", "says"),
+    [
+        ({"loss": "dpo", "gamma": 1}, "gamma", "the loss dpo has none; it has beta"),
+        ({"loss": "dpo", "bta": 1}, "bta", "unknown key; allowed: loss"),
+        ({"loss": "cdpo", "label_smoothing": 0.5}, "label_smoothing", "less than 0.5"),
+        ({"loss": "dpo", "kl_partner": "ring"}, "kl_partner", "the loss dpo has none"),
+        ({"loss": 3}, "loss", "3 is no loss"),
+        ({"loss": {}}, "loss", "one term at least"),
+        ({"loss": {"zzz": 1}}, "loss", "'zzz' is not one of dpo"),
+        ({"loss": {"dpo": -1}}, "loss.dpo.weight", "-1 should be greater than 0"),
+        ({"loss": {"dpo": {"beta": 0}}}, "loss.dpo.beta", "0 should be greater than 0"),
+        ({"loss": {"dpo": 1}, "beta": 0}, "beta", "0 should be greater than 0"),
+        ({"loss": {"dpo": {"gamma": 1}}}, "loss.dpo.gamma", "allowed: weight, beta"),
+        ({"loss": {"dpo": 1, "nll_sum": 1}, "gamma": 1}, "gamma", "has none; it has beta"),
+        ({"loss": {"dpo": 1, "wpo": 1}}, "loss", "dpo + wpo cannot be trained yet"),
+    ],
+)
+def test_an_objective_that_is_none(
+    tmp_path: Path, said: dict[str, object], key: str, says: str
+) -> None:
+    path = write(tmp_path, objective(**said))
+    message = refusal(path)
+    assert message.startswith(f"{path}: objectives.it.{key}: ")
+    assert says in message
+
+
+def test_a_sum_deals_out_what_stands_beside_it(tmp_path: Path) -> None:
+    terms: dict[str, object] = {"dpo": 1, "simpo": {"weight": 0.2, "beta": 4}, "nll_mean": 0.5}
+    config = load(write(tmp_path, objective(loss=terms, beta=0.3))).objectives["it"]
+    assert config.values == {
+        "dpo.weight": 1.0,
+        "dpo.beta": 0.3,
+        "simpo.weight": 0.2,
+        "simpo.beta": 4.0,
+        "simpo.gamma": 1.0,
+        "nll_mean.weight": 0.5,
+    }
+    assert "dpo.beta 0.3" in str(config)
+    spelled = load(write(tmp_path, objective(loss=config.model_dump()["loss"])))
+    assert spelled.objectives["it"].values == config.values
+    override = "objectives.it.loss.dpo=2"
+    path = write(tmp_path, objective(loss=terms, beta=0.3))
+    assert load(path, override).objectives["it"].values["dpo.weight"] == 2.0

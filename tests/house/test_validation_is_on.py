@@ -7,8 +7,8 @@ import sys
 import pytest
 
 TRY = """
-from pipeline.intake.contract import apply_contract
-from pipeline.intake.units import unit_frame
+from pipeline.intake.rows.contract import apply_contract
+from pipeline.intake.rows.units import unit_frame
 from pipeline.rules import actions
 from pipeline.sources import Unit
 place = {"ordinal": 0, "unit": 0, "source": "s", "file": "f", "row": 0, "evaluation": False}

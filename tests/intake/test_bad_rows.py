@@ -8,7 +8,7 @@ import pytest
 from desk import Desk
 from support import PROJECT
 
-from pipeline.rules import RULES
+from pipeline.rules import INTAKE, RULES
 from schemas import LabelCandidate, PairCandidate
 from schemas.intake import DISPOSITIONS
 
@@ -176,7 +176,7 @@ def modules() -> list[Path]:
 def test_every_rule_has_a_row_or_a_reason() -> None:
     shown = {rule for rows in QUARANTINED.values() for _, rule in rows}
     shown |= {flag for _, flags in FLAGGED for flag in flags} | {"duplicate"}
-    of_the_intake = {r.name for r in RULES.values() if r.stage in ("read", "contract", "prompt")}
+    of_the_intake = {r.name for r in RULES.values() if r.stage in INTAKE}
     assert of_the_intake - shown - LEFT_OUT.keys() == set(), "no row shows these"
     assert shown | LEFT_OUT.keys() == of_the_intake
     assert shown & LEFT_OUT.keys() == set()

@@ -10,9 +10,10 @@ import pytest
 from desk import GOOD, Desk, Row, lines, row
 
 from pipeline import intake
-from pipeline.intake import reading, run
+from pipeline.intake import run
 from pipeline.intake.law import count_fates, row_law
-from pipeline.intake.splits import prompts_in_two_splits, split_of
+from pipeline.intake.prompts.splits import prompts_in_two_splits, split_of
+from pipeline.intake.rows import reading
 from pipeline.sources import RowError
 from pipeline.store import read
 

@@ -11,8 +11,8 @@ from desk import Desk, Row, lines, row
 from pydantic import ValidationError
 from support import PROJECT
 
-from pipeline.intake.merge import _in_cycle
-from pipeline.intake.near import (
+from pipeline.intake.prompts.merge import _in_cycle
+from pipeline.intake.prompts.near import (
     NearIndex,
     band_keys,
     jaccard,
@@ -20,8 +20,8 @@ from pipeline.intake.near import (
     shingles,
     word_grams,
 )
-from pipeline.intake.units import unit_frame
-from pipeline.rules import ACTIONS, RULES, rules_page
+from pipeline.intake.rows.units import unit_frame
+from pipeline.rules import ACTIONS, INTAKE, RULES, rules_page
 from pipeline.sources import Candidate, ReadOptions, Unit, pair
 from pipeline.sources.base import Message
 from pipeline.store import read
@@ -332,15 +332,14 @@ def test_every_rule_is_counted_and_can_be_limited(desk: Desk) -> None:
     desk.write("s.jsonl", b"\xef\xbb\xbf" + lines(*rows, rows[0], row("z", "same", "same"), b"bad"))
     limits = {"invalid_json": {"at_most": 0.1}, "identical_replies": {"at_most": 0.05}}
     result = desk.run("s", rules=limits)
-    counted = {r["rule"]: r for r in read(desk.store, "rule_counts").to_dicts()}
+    counted = {r["rule"]: r for r in read(desk.store, "rule_counts/intake").to_dicts()}
     n = {rule: entry["n"] for rule, entry in counted.items() if entry["n"]}
     assert n == {
         "invalid_json": 1, "identical_replies": 1, "duplicate": 1, "byte_order_mark": 1,
     }  # fmt: skip
     assert counted["invalid_json"]["share"] == pytest.approx(0.1)
     assert result.rules.filter(~pl.col("holds"))["rule"].to_list() == ["identical_replies"]
-    stages = ("read", "contract", "prompt")
-    assert counted.keys() == {rule.name for rule in RULES.values() if rule.stage in stages}
+    assert counted.keys() == {rule.name for rule in RULES.values() if rule.stage in INTAKE}
 
 
 def test_examples_are_the_first_five_of_each_rule(desk: Desk) -> None:
@@ -349,3 +348,49 @@ def test_examples_are_the_first_five_of_each_rule(desk: Desk) -> None:
     assert result.examples.select("row", "rule").rows() == [
         *((i, "invalid_json") for i in range(5)), (10, "identical_replies"),
     ]  # fmt: skip
+
+
+def test_confounds_are_what_duckdb_counts(desk: Desk) -> None:
+    r = random.Random(1)
+
+    def text() -> str:
+        parts = [
+            "word",
+            "- item\n",
+            "1. one\n",
+            "# Head\n",
+            "**b**",
+            "7",
+            "?",
+            "!",
+            "\n",
+            "```x```",
+        ]
+        return "".join(r.choices(parts, k=r.randint(1, 12))) + str(r.random())
+
+    rows = [row(f"q{i}", text(), text()) for i in range(300)]
+    rows += [row(f"no {i}", "Sure.", "I'm sorry, I can't help with that.") for i in range(50)]
+    desk.write("s.jsonl", lines(*rows))
+    result = desk.run("s", rules={"near_eval": "off"})
+    found = {f: (more, less, auc) for f, _, more, less, auc in result.confounds.iter_rows()}
+    n = desk.ask("select count(*) from pairs")[0][0]
+    counted = {
+        "characters": "length(%s)",
+        "lines": "length(%s) - length(replace(%s, chr(10), ''))",
+        "digits": "length(regexp_replace(%s, '[^0-9]', '', 'g'))",
+        "question_marks": "length(regexp_replace(%s, '[^?]', '', 'g'))",
+        "exclamation_marks": "length(regexp_replace(%s, '[^!]', '', 'g'))",
+        "list_items": r"len(regexp_extract_all(%s, '(?m)^\s*([-*•]|\d+[.)])\s'))",
+        "markdown": r"len(regexp_extract_all(%s, '(?m)^#{1,6}\s|\*\*|```'))",
+        "refusal": "contains(%s, 'sorry')::int",
+    }
+    assert found.keys() == counted.keys()
+    for feature, sql in counted.items():
+        a, b = (sql.replace("%s", side) for side in ("chosen", "rejected"))
+        ((more, less),) = desk.ask(
+            f"select count(*) filter ({a} > {b}), count(*) filter ({a} < {b}) from pairs"
+        )
+        assert found[feature][:2] == (more, less), feature
+        assert found[feature][2] == pytest.approx((more + (n - more - less) / 2) / n)
+    assert found["refusal"] == (0, 50, pytest.approx(0.5 - 25 / n))
+    assert found["digits"][0] > 0

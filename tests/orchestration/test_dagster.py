@@ -19,7 +19,7 @@ from assets.cli import main
 from assets.definitions import defs, plan_definitions, plan_files
 from pipeline.names import store_of
 from pipeline.plan import load_plan
-from pipeline.rules import RULES
+from pipeline.rules import INTAKE, RULES
 from pipeline.scoring.engines.base import Group
 from pipeline.scoring.engines.torch_engine import TorchEngine
 from pipeline.store import current_snapshot, read
@@ -75,6 +75,9 @@ def test_the_demo_graph() -> None:
                 [rewards, f"policy_{name}", "preference_pairs", "quarantined_rows"]
             ),
         }
+    expected["loss_landscape"] = sorted(
+        ["preference_pairs", *(key for key in expected if "implicit_rewards" in key)]
+    )
     assert edges == expected
     checks = {key.name for key in graph.asset_check_keys if "implicit" in str(key.asset_key)}
     assert checks == {"every_reported_pair_has_a_reward", "engines_agree"}
@@ -178,6 +181,12 @@ def test_one_job_from_pairs_to_report(write_plan: WritePlan, instance: dg.Dagste
     assert numbers["accuracy"] == pytest.approx(held_out["correct"].mean())
     assert report["splits/test/margin_mean"] == pytest.approx(held_out["margin"].mean())
     assert "<html" in Path(report["report"]).read_text()
+    # The landscape asks the same rows: DPO's own weight at the objective's beta is in both.
+    landscape = read(store, "loss_landscape")
+    assert metadata(result, "loss_landscape")["dagster/row_count"] == landscape.height
+    as_trained = landscape.filter(loss="dpo", beta=0.1)
+    assert as_trained["weight_mean"].item() == pytest.approx(rewards["gradient_weight"].mean())
+    assert "data:image/png;base64" in metadata(result, "loss_landscape")["figure"]
 
 
 def test_rules_are_counted_over_time_and_shown_by_escaped_examples(
@@ -200,8 +209,7 @@ def test_rules_are_counted_over_time_and_shown_by_escaped_examples(
     counts = [event.metadata["rule/invalid_json"].value for event in seen if event is not None]
     assert counts == [0, 7, 12]
     names = {name for event in seen if event for name in event.metadata if name.startswith("rule/")}
-    stages = ("read", "contract", "prompt")
-    assert names == {f"rule/{rule.name}" for rule in RULES.values() if rule.stage in stages}
+    assert names == {f"rule/{rule.name}" for rule in RULES.values() if rule.stage in INTAKE}
     assert seen[1] is not None
     examples = str(seen[1].metadata["examples"].value).splitlines()
     assert len(examples) == 2 + 5

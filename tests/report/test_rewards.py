@@ -17,6 +17,7 @@ from scipy.special import expit
 from scipy.stats import binomtest
 
 from pipeline import rewards
+from pipeline.losses import REGISTRY, LossInputError
 from schemas import LogProb, PairSequence, PreferencePair, Reward, Table, polars_schema
 
 BETA, OBJECTIVE_BETA = 0.1, 0.25
@@ -40,8 +41,9 @@ class Tables:
             "reference": self.reference,
             "policy": self.policy,
             "beta": BETA,
-            "score": lambda logratio, logprob, n: OBJECTIVE_BETA * logratio,
-            "gradient_weight": lambda w, r: rewards.dpo_gradient_weight(w - r),
+            "spec": REGISTRY["dpo"],
+            "values": {"beta": OBJECTIVE_BETA},
+            "statistics": {},
             "policy_id": ident("policy"),
             "pairs_digest": "digest",
         } | changes
@@ -241,8 +243,8 @@ def test_lecture_example() -> None:
 
 
 def test_score_sees_log_ratio_log_prob_and_tokens() -> None:
-    """A SimPO-like score of the policy's mean log-prob alone."""
-    table = tables().rewards(score=lambda logratio, logprob, n: 2.0 * logprob / n + 0 * logratio)
+    """SimPO's score is of the policy's mean log-prob alone."""
+    table = tables().rewards(spec=REGISTRY["simpo"], values={"beta": 2.0, "gamma": 0.5})
     expected = 2.0 * table["policy_rejected"] / table["n_rejected"]
     assert agree(table["objective_score_rejected"], expected)
 
@@ -313,8 +315,20 @@ def test_non_finite_log_probs_are_refused(which: str, value: float | None) -> No
 
 
 def test_overflow_in_a_score_is_refused() -> None:
-    with pytest.raises(rewards.NonFiniteLogProbsError, match="the rewards"):
-        tables().rewards(score=lambda logratio, logprob, n: (-1e3 * logprob).exp())
+    with pytest.raises(LossInputError, match="dpo: loss is not finite"):
+        tables().rewards(values={"beta": 1e308})
+
+
+def test_a_loss_of_strengths_reads_them_from_the_pairs() -> None:
+    made = tables()
+    with pytest.raises(LossInputError, match="strength: not every row"):
+        made.rewards(spec=REGISTRY["rpo_sq"], values={"beta": 0.1, "eta": 1.0})
+    known = made.pairs.with_columns(strength=pl.int_range(1, pl.len() + 1).cast(pl.Float64))
+    table = Tables(known, made.pair_sequences, made.reference, made.policy).rewards(
+        spec=REGISTRY["rpo_sq"], values={"beta": 0.1, "eta": 0.5}
+    )
+    strength = table.select("pair_id").join(known, on="pair_id", how="left")["strength"]
+    assert agree(table["gradient_weight"], (2 * (table["margin"] - 0.5 * strength)).abs())
 
 
 @pytest.mark.parametrize("column", ["model_id", "numerics_id"])

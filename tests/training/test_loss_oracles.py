@@ -1,161 +1,41 @@
 """The losses against numbers of others: TRL's trainers, the lecture's example, plain float64.
 
-TRL computes DPO's and KTO's losses inside `_compute_loss`, between a model and its metrics. That
-method is what runs here, on a trainer without its constructor, over a model that reads log-probs
-from a table; nothing of TRL is copied.
+`trl_trainers` says how TRL's trainers are made to run; `test_trl_losses` runs the whole family.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
-import polars as pl
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trl_trainers import (
+    BETA,
+    N_POSITIONS,
+    N_PROMPT,
+    N_SCORED,
+    Rows,
+    TableModel,
+    bare,
+    gradient,
+    make_rows,
+    trl_dpo,
+)
 
 from pipeline.losses import REGISTRY, PairBatch
 from pipeline.losses.dpo import dpo_loss
 
-N_PROMPT, N_POSITIONS = 2, 12
-N_SCORED = [[3, 9, 1, 6], [8, 2, 7, 6]]  # chosen, rejected
-BETA = {"beta": 0.1}
 LOGPS = st.floats(-500, 0)
-
-
-class TableModel:
-    """Log-probs [rows, positions - 1] in place of a model; a row's first token is its number."""
-
-    training = True
-
-    def __init__(self, logprobs: torch.Tensor) -> None:
-        self.logprobs = logprobs
-
-    def __call__(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, **others: Any
-    ) -> SimpleNamespace:
-        scored = labels[:, 1:] != -100
-        logprobs = torch.where(scored, self.logprobs[input_ids[:, 0]], 0.0)
-        nothing = torch.zeros_like(logprobs)
-        return SimpleNamespace(
-            log_probs=logprobs, entropy=nothing, mean_logits=nothing, is_top1=scored
-        )
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Tokens and log-probs of rows, 4 chosen, then 4 rejected, then 8 mismatched ones for KTO."""
-
-    n: list[int]
-    n_prompt: int
-    policy: torch.Tensor
-    reference: torch.Tensor
-
-    def sums(self, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Sequence log-probs of rows, nats: a position scores the token after it."""
-        first = max(self.n_prompt - 1, 0)
-        scored = [self.n_prompt + n - 1 for n in self.n]
-        return torch.stack([table[row, first : scored[row]].sum() for row in range(start, stop)])
-
-    def batch(self, swap_reference: bool = False) -> PairBatch:
-        chosen, rejected = (self.sums(self.reference, start, start + 4) for start in (0, 4))
-        n = torch.tensor(self.n, dtype=torch.float64)
-        return PairBatch(
-            policy_chosen=self.sums(self.policy, 0, 4),
-            policy_rejected=self.sums(self.policy, 4, 8),
-            reference_chosen=rejected if swap_reference else chosen,
-            reference_rejected=chosen if swap_reference else rejected,
-            n_chosen=n[:4],
-            n_rejected=n[4:8],
-        )
-
-    def kl(self) -> float:
-        return (self.sums(self.policy, 8, 16) - self.sums(self.reference, 8, 16)).mean().item()
-
-    def tokens(self, rows: list[int], prefix: str = "") -> dict[str, torch.Tensor]:
-        """A collated batch of TRL's."""
-        ids = torch.zeros(len(rows), N_POSITIONS, dtype=torch.long)
-        ids[:, 0] = torch.tensor(rows)
-        position = torch.arange(N_POSITIONS)
-        ends = torch.tensor([self.n_prompt + self.n[row] for row in rows])
-        mask = (position >= self.n_prompt) & (position < ends[:, None])
-        return {
-            f"{prefix}input_ids": ids,
-            f"{prefix}attention_mask": torch.ones_like(ids),
-            f"{prefix}completion_mask": mask.long(),
-        }
-
-
-def make_rows(kl_shift: float = 0.0, n_prompt: int = N_PROMPT, add: int = 0) -> Rows:
-    """Random rows; `kl_shift` nats per token raise the mismatched rows' log-ratio."""
-    generator = torch.Generator().manual_seed(5)
-
-    def table() -> torch.Tensor:
-        shape = (16, N_POSITIONS - 1)
-        return -4 * torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    policy, reference = table(), table()
-    reference[8:] -= kl_shift
-    return Rows([n + add for side in N_SCORED for n in side] * 2, n_prompt, policy, reference)
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-ACCELERATOR = SimpleNamespace(
-    device=torch.device("cpu"), gather=_as_it_is, gather_for_metrics=_as_it_is
-)
-
-
-def bare(trainer: Any, **attributes: Any) -> Any:
-    """A TRL trainer as its constructor would leave what the loss reads, and no more."""
-    made = trainer.__new__(trainer)
-    shared = {
-        "accelerator": ACCELERATOR,
-        "aux_loss_enabled": False,
-        "precompute_ref_logps": True,
-        "_metrics": {"train": defaultdict(list)},
-        "_total_train_tokens": 0,
-        "_tp_size": 1,
-    }
-    vars(made).update({**shared, **attributes})
-    return made
-
-
-def trl_dpo(rows: Rows, loss_type: str) -> tuple[torch.Tensor, dict[str, Any]]:
-    """DPOTrainer's loss of the 4 pairs, and what it logs."""
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    model = TableModel(rows.policy)
-    trainer = bare(
-        DPOTrainer,
-        model=model,
-        beta=BETA["beta"],
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        label_smoothing=0.0,
-        f_divergence_type="reverse_kl",
-        ld_alpha=None,
-        use_weighting=False,
-    )
-    inputs = {
-        **rows.tokens(list(range(8))),
-        "ref_chosen_logps": rows.sums(rows.reference, 0, 4),
-        "ref_rejected_logps": rows.sums(rows.reference, 4, 8),
-    }
-    return trainer._compute_loss(model, inputs, False), trainer._metrics["train"]
 
 
 def trl_kto(rows: Rows, loss_type: str, values: Mapping[str, float]) -> torch.Tensor:
     """KTOTrainer's loss of the 8 rows, in no order, with the 8 mismatched ones."""
     from trl.trainer.kto_trainer import KTOTrainer
 
-    model = TableModel(rows.policy)
+    model = TableModel(rows.policy, rows.squares)
     trainer = bare(
         KTOTrainer,
         model=model,
@@ -180,11 +60,6 @@ def ours(
 ) -> torch.Tensor:
     """A step's loss: the mean over its pairs."""
     return REGISTRY[name].loss(batch, values, {"kl": kl}).mean()
-
-
-def gradient(loss: torch.Tensor, rows: Rows) -> torch.Tensor:
-    (found,) = torch.autograd.grad(loss, rows.policy)
-    return found
 
 
 DPO_TYPES = {"dpo": "sigmoid", "ipo_mean": "ipo", "lecture_kto": "apo_zero"}
@@ -315,7 +190,7 @@ def test_simpo_is_trls_of_the_same_logits(cpo: Any, beta: float, gamma: float) -
     batch = PairBatch(sums[:4], sums[4:], far, -far, n[:4], n[4:])
     spec, values = REGISTRY["simpo"], {"beta": beta, "gamma": gamma}
     torch.testing.assert_close(spec.loss(batch, values, {}), expected, rtol=1e-9, atol=0)
-    score = spec.score(far, sums[:4], n[:4], values)
+    score = spec.scores(batch, values)[0]
     torch.testing.assert_close(score, rewards, rtol=1e-9, atol=0)
 
     ones = torch.ones_like(far)
@@ -386,6 +261,5 @@ def test_the_registered_gradient_weight_is_autograds(h: float) -> None:
     torch.autograd.backward(dpo_loss(PairBatch(policy, zero, zero, zero, one, one), values, {}))
     assert policy.grad is not None
     spec = REGISTRY["dpo"]
-    chosen, rejected = (spec.score(pl.lit(x), pl.lit(0.0), pl.lit(1), values) for x in (h, 0.0))
-    weight = pl.select(spec.gradient_weight(chosen, rejected, values, {})).item()
+    weight = spec.gradient_weight(PairBatch(policy, zero, zero, zero, one, one), values, {}).item()
     assert values["beta"] * weight == pytest.approx(-policy.grad.item(), rel=1e-9, abs=1e-300)

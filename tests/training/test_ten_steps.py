@@ -1,4 +1,4 @@
-"""Ten optimiser steps of every loss against a second trainer: plain float64, its own log-probs,
+"""Ten optimiser steps of several losses against a second trainer: plain float64, its own log-probs,
 its own schedule, and the losses written from the papers."""
 
 import math
@@ -11,7 +11,6 @@ import pytest
 import torch
 from support import measured, prepared
 
-from pipeline.losses import REGISTRY
 from pipeline.models import Checkpoint
 from pipeline.names import wanted_sequences
 from pipeline.plan import Plan
@@ -118,7 +117,7 @@ def second_trainer(
     return losses
 
 
-@pytest.mark.parametrize("loss", REGISTRY)
+@pytest.mark.parametrize("loss", PAPERS)
 def test_ten_steps_equal_a_float64_trainer_with_the_papers_formula(
     write_plan: WritePlan, loss: str
 ) -> None:

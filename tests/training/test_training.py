@@ -23,7 +23,8 @@ from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import compute_rewards, score, train
 from pipeline.store import Store, read
 from pipeline.training.batches import TrainingPair, schedule_of, training_pairs, values_digest
-from pipeline.training.loop import _backward, _with_adapter
+from pipeline.training.loop import _with_adapter
+from pipeline.training.step import backward
 
 WritePlan = Any
 
@@ -83,7 +84,7 @@ def test_gradients_equal_autograd_in_float64(write_plan: WritePlan) -> None:
     forward = Forward(single)
     assert forward.sharing.shared
     for pair in pairs:
-        _backward(forward, pair, objective, {}, len(pairs))
+        backward(forward, pair, objective, {}, len(pairs))
     losses = [written_out(double, pair, objective.values["beta"]) for pair in pairs]
     torch.autograd.backward(torch.stack(losses).mean())
     mine, oracle = (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import SourceError
-from pipeline.sources.files.columnar import arrow_rows, parquet_rows
+from pipeline.sources.files.arrow.rows import arrow_rows, parquet_rows
 from pipeline.sources.files.delimited import cut_records
 from pipeline.sources.files.formats import Format, format_of
 from pipeline.sources.files.json_array import cut_array

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.sources.files import parquet_claims
+from pipeline.sources.files.arrow import parquet_claims
 
 
 def written(table: pa.Table, **options: Any) -> io.BytesIO:

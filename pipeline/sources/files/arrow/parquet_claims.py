@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from pipeline.errors import SourceError
-from pipeline.sources.files.arrow_claims import MANY_VALUES, MOST_PER_BYTE
+from pipeline.sources.files.arrow.claims import MANY_VALUES, MOST_PER_BYTE
 from pipeline.sources.files.streams import MOST_EXPANSION, MUCH
 
 MAX_SCHEMA_DEPTH = 64

@@ -8,7 +8,7 @@ import polars as pl
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 
-from pipeline.intake.units import LABEL, PAIR
+from pipeline.intake.rows.units import LABEL, PAIR
 from pipeline.rules import Action
 from schemas import LabelCandidate, PairCandidate, UnitCandidate, polars_schema, require_validation
 

@@ -11,10 +11,10 @@ import polars as pl
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.intake.contract import REJECTED_SCHEMA, apply_contract
-from pipeline.intake.near import shares_grams, spoken
-from pipeline.intake.splits import splits_of
-from pipeline.intake.units import CANDIDATE, PAIR, unit_frame
+from pipeline.intake.prompts.near import shares_grams, spoken
+from pipeline.intake.prompts.splits import splits_of
+from pipeline.intake.rows.contract import REJECTED_SCHEMA, apply_contract
+from pipeline.intake.rows.units import CANDIDATE, PAIR, unit_frame
 from pipeline.plan import SplitConfig
 from pipeline.rules import RULES, Action
 from pipeline.sources import Candidate, ReadOptions, RowError, pair
@@ -43,7 +43,7 @@ class Setting:
         acts: what is done under each rule.
         options: each source's, for how rivals are paired.
         near: ids of training prompts that are near a held-out or evaluation prompt.
-        grams: hashes of the evaluation prompts' word 10-grams (`pipeline.intake.near`), sorted.
+        grams: hashes of the evaluation prompts' runs of 10 words (`near.word_grams`), sorted.
     """
 
     split: SplitConfig

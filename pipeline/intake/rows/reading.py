@@ -7,10 +7,10 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.intake.contract import REJECTED_SCHEMA, apply_contract
 from pipeline.intake.law import PLACE_SCHEMA
+from pipeline.intake.rows.contract import REJECTED_SCHEMA, apply_contract
+from pipeline.intake.rows.units import UNIT_SCHEMA, unit_frame
 from pipeline.intake.spool import bucket_of, write_parts
-from pipeline.intake.units import UNIT_SCHEMA, unit_frame
 from pipeline.rules import Action
 from pipeline.sources import (
     READERS,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.intake.merge import Setting, fates, judge, merge
-from pipeline.intake.reading import SPOOLED_SCHEMA
+from pipeline.intake.prompts.merge import Setting, fates, judge, merge
+from pipeline.intake.rows.reading import SPOOLED_SCHEMA
+from pipeline.intake.rows.units import LABEL, PAIR
 from pipeline.intake.spool import read_parts, write_parts
-from pipeline.intake.units import LABEL, PAIR
 from schemas import PreferenceLabel, PreferencePair, polars_schema
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pipeline.intake.near import BANDS, NearIndex, band_keys, spoken, word_grams
 from pipeline.intake.parallel import in_order
-from pipeline.intake.splits import splits_of
+from pipeline.intake.prompts.near import BANDS, NearIndex, band_keys, spoken, word_grams
+from pipeline.intake.prompts.splits import splits_of
+from pipeline.intake.rows.units import UNIT_SCHEMA
 from pipeline.intake.spool import read_parts, write_parts
-from pipeline.intake.units import UNIT_SCHEMA
 from pipeline.plan import SplitConfig
 
 _COLUMNS = ["prompt_id", "prompt", "evaluation"]

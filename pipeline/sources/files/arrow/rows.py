@@ -6,9 +6,9 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.sources.files.arrow_claims import check_claims, messages_of_file
-from pipeline.sources.files.arrow_json import TooMuchError, json_rows
-from pipeline.sources.files.parquet_claims import check_footer
+from pipeline.sources.files.arrow.as_json import TooMuchError, json_rows
+from pipeline.sources.files.arrow.claims import check_claims, messages_of_file
+from pipeline.sources.files.arrow.parquet_claims import check_footer
 from pipeline.sources.files.rows import RawRow, too_long
 
 _BATCH_ROWS = 1000

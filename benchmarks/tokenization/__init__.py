@@ -1,0 +1,1 @@
+"""Pairs to token ids: how fast, beside TRL's own preparation."""

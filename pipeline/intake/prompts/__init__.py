@@ -1,0 +1,1 @@
+"""Rules over all units of a prompt, and over the splits prompts are in."""

@@ -1,0 +1,1 @@
+"""From the bytes of rows to units that keep the contract."""
