@@ -1,8 +1,8 @@
 """The command line.
 
 `logratio run PLAN` runs a plan's job and says what came out; `logratio audit PAIRS --reference A
---policy B` does so for two models that are there already, without a plan; `logratio ledger ACTION
-STORE` looks after the log-probs of a store.
+--policy B` does so for two models that are there already, without a plan. `logratio estimate PLAN`
+says what a plan will cost; `logratio ledger ACTION STORE` looks after the log-probs of a store.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="logratio", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a plan from its sources to its reports")
-    run.add_argument("plan", type=Path, help="the plan's YAML file")
+    estimate = commands.add_parser("estimate", help="say what a plan will cost, and run nothing")
+    for command in (run, estimate):
+        command.add_argument("plan", type=Path, help="the plan's YAML file")
     audit = commands.add_parser("audit", help="score pairs by two models and report the rewards")
     audit.add_argument("pairs", type=Path, help="a file of preference pairs, or a folder")
     audit.add_argument("--reference", required=True, help="a directory, hub id or packaged: name")
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     audit.add_argument("--dtype", default="float32", help="of both models")
     audit.add_argument("--engine", default="auto", help="auto, torch or vllm")
     add_ledger_command(commands)
-    for command in (run, audit):
+    for command in (run, estimate, audit):
         command.add_argument(
             "--set",
             action="append",
@@ -61,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "run":
             return run_plan(options.plan, options.overrides)
+        if options.command == "estimate":
+            print(beginning(load_plan(options.plan, options.overrides)))
+            return 0
         if options.command == "ledger":
             lines, sound = look_after(
                 options.action, options.store, getattr(options, "remove", False)

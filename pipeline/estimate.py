@@ -1,20 +1,28 @@
 """What a plan will cost, roughly, before anything is run.
 
 Tokens are guessed from the text of some rows, minutes from the model's size and a measurement of
-this machine that takes a second. What the store holds already is not taken off.
+this machine that takes a second. What the ledger holds of the models' sequences, as the last run
+has tokenised them, is taken off; what it holds of trained policies is not, for they may be others
+this time.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from time import perf_counter
 
+import polars as pl
+
+from pipeline.errors import StoreError
 from pipeline.intake.sources import raw_rows, shape_of_source
-from pipeline.models import ModelSize, model_size
+from pipeline.models import ModelSize, located, model_size
+from pipeline.names import store_of, wanted_sequences
 from pipeline.plan import ModelConfig, Plan, SourceConfig
 from pipeline.processes import threads_of
 from pipeline.scoring.engines import engine_of
 from pipeline.scoring.engines.torch_engine import found_device_class
+from pipeline.scoring.ledger import read_logprobs
+from pipeline.scoring.run import scorer_key
 from pipeline.sources import READERS, Candidate, RawRow, Reader, RowError, Unit, parse_row
 
 _SAMPLE_ROWS = 200
@@ -33,12 +41,21 @@ _START_SECONDS = {"torch": 15.0, "vllm": 30.0}
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rough figures; `seconds` is None where they cannot be told (a GPU, a model not on disk)."""
+    """Rough figures.
+
+    Attributes:
+        n_pairs: of all sources.
+        n_tokens_scored: tokens to score, those of known sequences not counted.
+        n_tokens_trained: to train on.
+        seconds: None where they cannot be told (a GPU, a model not on disk).
+        n_known: log-probs of sequences that are wanted and in the ledger already.
+    """
 
     n_pairs: int
     n_tokens_scored: int
     n_tokens_trained: int
     seconds: float | None
+    n_known: int = 0
 
     def __str__(self) -> str:
         """One line for a terminal."""
@@ -46,9 +63,13 @@ class Estimate:
             f"about {self.n_pairs:,} pairs; {self.n_tokens_scored:,} tokens to score, "
             f"{self.n_tokens_trained:,} to train on"
         )
+        if self.n_known:
+            work += f", {self.n_known:,} log-probs are in the ledger"
         if self.seconds is None:
             return f"{work}; minutes cannot be estimated for this device or model"
-        return f"{work}; some {max(1, round(self.seconds / 60))} min if nothing is there already"
+        if self.seconds == 0:
+            return f"{work}; no model will be loaded"
+        return f"{work}; some {max(1, round(self.seconds / 60))} min"
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,8 @@ class _Pass:
     engine: str
     scored: float
     """Pairs; as many tokens as both their sequences hold."""
+    name: str | None = None
+    """Who scores, if that is known before the run: a model, or an audit's policy."""
     trained: float = 0.0
     """Pairs."""
     at_once: int = 1
@@ -74,7 +97,8 @@ def estimate(plan: Plan) -> Estimate:
     n_pairs, prompt, reply = _measure(plan)
     if plan.limit_pairs is not None:
         n_pairs = min(n_pairs, plan.limit_pairs)
-    passes = list(_passes(plan, n_pairs))
+    found = [_without_known(plan, one) for one in _passes(plan, n_pairs)]
+    passes = [one for one, _ in found]
     sizes = {name: model_size(name) for name in {p.model.checkpoint for p in passes}}
     seconds: float | None = None
     if found_device_class() == "cpu" and None not in sizes.values():
@@ -91,7 +115,31 @@ def estimate(plan: Plan) -> Estimate:
         round(sum(p.scored for p in passes) * tokens),
         round(sum(p.trained for p in passes) * tokens),
         seconds,
+        sum(n for _, n in found),
     )
+
+
+def _without_known(plan: Plan, one: _Pass) -> tuple[_Pass, int]:
+    """A pass without what the ledger holds, and how many sequences that is."""
+    if one.name is None:
+        return one, 0
+    store = store_of(plan)
+    audit = plan.audits.get(one.name)
+    checkpoint = located(plan.models[audit.policy] if audit else one.model, store)
+    if checkpoint is None:
+        return one, 0
+    try:
+        wanted = wanted_sequences(plan, store, one.name)
+        held = read_logprobs(scorer_key(store, one.model, checkpoint))
+    except StoreError:  # nothing has been tokenised yet
+        return one, 0
+    known = wanted.join(held, on="sequence_id", how="semi")
+    # As many pairs as have their tokens, since a pass's cost is told in pairs.
+    tokens = pl.sum("n_prompt") + pl.col("completion_ids").list.len().sum()
+    share = known.select(tokens).item() / max(1, wanted.select(tokens).item())
+    left = max(0.0, one.scored - share * wanted.height / 2)
+    # Half a pair is rounding: the estimate counts pairs, the tables distinct sequences.
+    return replace(one, scored=left if left >= 0.5 else 0.0), known.height
 
 
 def _seconds(
@@ -102,6 +150,8 @@ def _seconds(
     speed = multiply_adds * _EFFICIENCY
     last = plan.training.lora.last_layers
     adapted = 1.0 if last is None else min(1.0, last / size.layers)
+    if not one.scored and not one.trained:
+        return 0.0  # nothing is loaded
     pairs = one.scored + one.trained * (1 + _BACKWARD_OVER_SCORED * adapted)
     return (_START_SECONDS[one.engine] + size.parameters * pairs * tokens / speed) / one.at_once
 
@@ -117,17 +167,20 @@ def _passes(plan: Plan, n_pairs: int) -> Iterator[_Pass]:
     for name in plan.scored_models:
         model = plan.models[name]
         kl = sum(o.spec.needs_kl and o.reference == name for o in plan.objectives.values())
-        yield _Pass(model, engine_of(model), n_pairs + n_train * kl, at_once=at_once)
+        n_scored = n_pairs + n_train * kl
+        yield _Pass(model, engine_of(model), n_scored, name, at_once=at_once)
     at_once = min(plan.model_steps, max(1, len(plan.policies)))
     most = plan.scoring.train_pairs
     n_reported = n_test + (n_train if most is None else min(n_train, most))
     for objective in plan.objectives.values():
         # Mismatched replies, and a first look at the step's own, are run without a gradient.
         looked_at = seen * (objective.spec.needs_kl + objective.spec.needs_batch)
-        yield _Pass(plan.models[objective.start], "torch", looked_at, seen, at_once)
+        start = plan.models[objective.start]
+        yield _Pass(start, "torch", looked_at, trained=seen, at_once=at_once)
     for name in plan.policies:
         reference = plan.models[plan.reference_of(name)]
-        yield _Pass(reference, engine_of(reference), n_reported, at_once=at_once)
+        who = name if name in plan.audits else None
+        yield _Pass(reference, engine_of(reference), n_reported, who, at_once=at_once)
     if (parity := plan.scoring.parity) is not None:
         n_compared = min(n_test, parity.max_pairs or n_test)
         compared = parity.policies or plan.policies

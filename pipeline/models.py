@@ -85,6 +85,17 @@ def resolve(config: ModelConfig, store: Store) -> Checkpoint:
     return Checkpoint(path, config.adapter)
 
 
+def located(config: ModelConfig, store: Store) -> Checkpoint | None:
+    """`resolve` of a model that is on this disk already: nothing is fetched or written out."""
+    name = config.checkpoint
+    if name.startswith("packaged:"):
+        name = name.removeprefix("packaged:")
+        there = _home_of(name, _packaged_file(name), store).exists()
+    else:
+        there = Path(name).exists()
+    return resolve(config, store) if there else None
+
+
 def identify(checkpoint: Checkpoint, store: Store) -> ModelIdentity:
     """What a checkpoint is. Hashes are remembered by real path, inode, size, mtime and ctime.
 
@@ -245,7 +256,7 @@ def _materialise(name: str, store: Store) -> Path:
     original model.
     """
     gguf = _packaged_file(name)
-    final = store.models / f"{name}-{file_digest(gguf)[:16]}"
+    final = _home_of(name, gguf, store)
     if final.exists():
         return final
     temporary = store.models / f".{uuid.uuid4().hex}.tmp"
@@ -256,6 +267,11 @@ def _materialise(name: str, store: Store) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _home_of(name: str, gguf: Path, store: Store) -> Path:
+    """Where a packaged model is written out."""
+    return store.models / f"{name}-{file_digest(gguf)[:16]}"
 
 
 def _packaged_file(name: str) -> Path:

@@ -1,9 +1,11 @@
 """The estimate before a run: it counts what the run will do, and its minutes grow with it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import prepared
 
 from pipeline import estimate as module
 from pipeline.estimate import Estimate, estimate
@@ -41,6 +43,38 @@ def test_it_counts_the_plans_pairs_and_about_its_tokens(write_plan: WritePlan) -
     assert 0.5 < found.n_tokens_scored / (2 * tokens) < 2
 
 
+def test_what_the_ledger_holds_is_taken_off(
+    write_plan: WritePlan, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = {"objectives": {}, "audits": {"a": {"reference": "base", "policy": "base"}}}
+    path = write_plan(**audit)
+    before = estimate(load_plan(path))
+    assert before.n_known == 0
+    plan, _ = prepared(path)
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.scoring.run.open_engine", None)  # nothing is loaded
+        after = estimate(plan)
+    # The model's sequences are known, and so are the audit's, whose policy is the same model.
+    assert after.n_known == 2 * 24
+    assert (after.n_tokens_scored, after.seconds) == (0, 0)
+    assert "48 log-probs are in the ledger; no model will be loaded" in str(after)
+    # Half of the data is new: about half is to be scored.
+    rows = [json.loads(line) for line in (path.parent / "p.jsonl").read_text().splitlines()]
+    more = [
+        {**row, "prompt": [{"role": "user", "content": f"new {i}"}]} for i, row in enumerate(rows)
+    ]
+    with (path.parent / "p.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in more)
+    grown = estimate(plan)
+    assert grown.n_pairs == 24
+    assert grown.n_tokens_scored == pytest.approx(before.n_tokens_scored, rel=0.2)
+    # Another dtype is another scorer, and a policy that is trained here may be another one.
+    assert estimate(load_plan(path, ["models.base.dtype=bfloat16"])).n_known == 0
+    trained = estimate(load_plan(write_plan()))
+    assert trained.n_known == 24
+    assert 0 < trained.n_tokens_scored <= before.n_tokens_scored
+
+
 def test_minutes_grow_with_what_is_asked_for(write_plan: WritePlan) -> None:
     one = write_plan()
     base = seconds(one)
@@ -64,7 +98,7 @@ def test_what_cannot_be_told_is_not_told(
     plan = load_plan(write_plan())
     found = estimate(plan)
     assert found.seconds is not None
-    assert f"some {round(found.seconds / 60)} min if nothing is there already" in str(found)
+    assert f"some {round(found.seconds / 60)} min" in str(found)
     monkeypatch.setattr(module, "found_device_class", lambda: "cuda-sm90")
     assert estimate(plan).seconds is None
     assert "cannot be estimated" in str(Estimate(1, 2, 3, None))

@@ -10,7 +10,7 @@ import pytest
 from support import FakeEngine
 
 from pipeline.errors import ScoringError, StoreError
-from pipeline.scoring.ledger import append, read_logprobs, scorers
+from pipeline.scoring.ledger import append, read_logprobs, read_token_logprobs, scorers
 from scoring.ledger.desk import PROVENANCE, A, B, fake_key, rows, score
 
 
@@ -103,3 +103,16 @@ def test_a_sealed_manifest_cannot_be_edited(tmp_path: Path, write_sequences: pl.
     manifest.write_text(json.dumps(sealed))
     assert read_logprobs(key).is_empty()
     assert len(list((key.directory / "set_aside").iterdir())) == 1
+
+
+def test_planning_reads_no_token(tmp_path: Path, write_sequences: pl.DataFrame) -> None:
+    """They are a hundred times as large; that one is damaged shows when it is read, or verified."""
+    key = fake_key(tmp_path)
+    score(key, write_sequences, commit_rows=4)
+    for part in (key.directory / "token_logprobs").iterdir():
+        part.write_bytes(b"damaged")
+    again = score(key, write_sequences)
+    assert (again.n_scored, again.model_loaded) == (0, False)
+    assert not (key.directory / "set_aside").exists()
+    assert read_token_logprobs(key).is_empty()
+    assert score(key, write_sequences).n_scored == 12
