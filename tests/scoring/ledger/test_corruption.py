@@ -151,6 +151,7 @@ def test_every_corruption_is_noticed_and_mended(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_five_hundred_corruptions_are_noticed_and_mended(tmp_path: Path) -> None:
     seen = corrupt(tmp_path, range(1000, 1520))
     measured(f"{seen.total()} corruptions in {len(seen)} kinds, all noticed and mended")

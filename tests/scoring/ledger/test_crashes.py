@@ -112,6 +112,7 @@ def test_killed_at_every_point(tmp_path: Path, undisturbed: Path, counted: dict[
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_killed_at_every_step(tmp_path: Path, undisturbed: Path, counted: dict[str, int]) -> None:
     crash(tmp_path, undisturbed, [(p, i) for p, n in counted.items() for i in range(1, n + 1)])
 
@@ -140,6 +141,7 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_killed_at_a_hundred_random_moments(tmp_path: Path, undisturbed: Path) -> None:
     killed_at_random(tmp_path, undisturbed, 100, seed=2)
 

@@ -174,6 +174,7 @@ def test_a_pass_loses_only_what_never_fits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_two_thousand_passes_lose_only_what_never_fits() -> None:
     whole_passes(2000)
 
