@@ -9,7 +9,12 @@ from pipeline.errors import StoreError
 from pipeline.ids import unit_interval
 from pipeline.models import Checkpoint, resolve
 from pipeline.plan import ModelConfig, Plan
-from pipeline.scoring.ledger import ScorerKey
+from pipeline.scoring.ledger import (
+    ScorerKey,
+    other_numerics,
+    read_logprobs,
+    recorded_difference,
+)
 from pipeline.scoring.passes import with_passes
 from pipeline.scoring.run import scorer_key
 from pipeline.store import Store, current_snapshot, read
@@ -43,9 +48,57 @@ def scored_by(plan: Plan, store: Store, name: str) -> tuple[ModelConfig, Checkpo
 
 
 def key_of(plan: Plan, store: Store, name: str) -> tuple[ScorerKey, Checkpoint]:
-    """Who scores under a name, and its checkpoint."""
+    """Who has scored under a name, and its checkpoint.
+
+    In earlier numerics if the plan accepts them: then for everything that is subtracted.
+    """
     config, checkpoint = scored_by(plan, store, name)
-    return scorer_key(store, config, checkpoint), checkpoint
+    most = plan.scoring.accept_equivalent
+    earlier = None if most is None else earlier_key(plan, store, name, accepted=most)
+    return earlier or scorer_key(store, config, checkpoint), checkpoint
+
+
+def earlier_key(
+    plan: Plan, store: Store, name: str, *, accepted: float | None = None
+) -> ScorerKey | None:
+    """The scorer in earlier numerics that has all that is wanted under a name, or None.
+
+    Those that are subtracted from each other, a reference and the audits against it, come from one
+    numerics: all must have what they want in it, and one of them lack something in today's.
+
+    Args:
+        plan: without objectives.
+        store: with the plan's sequences.
+        name: a model or an audit.
+        accepted: nats per sequence; those that differ more, or were not compared, do not count.
+    """
+    reference = name if name in plan.models else plan.reference_of(name)
+    audits = [audit for audit in plan.audits if plan.reference_of(audit) == reference]
+    today = {who: scorer_key(store, *scored_by(plan, store, who)) for who in (reference, *audits)}
+    wanted = {who: wanted_sequences(plan, store, who) for who in today}
+
+    def complete(who: str, key: ScorerKey) -> bool:
+        return wanted[who].join(read_logprobs(key), on="sequence_id", how="anti").is_empty()
+
+    def usable(who: str, key: ScorerKey) -> bool:
+        if not complete(who, key):
+            return False
+        found = recorded_difference(today[who], key)
+        return accepted is None or (found is not None and found.largest <= accepted)
+
+    if all(complete(who, key) for who, key in today.items()):
+        return None
+    others = {who: other_numerics(key) for who, key in today.items()}
+    for candidate in others[reference]:
+        found = {
+            who: key
+            for who, keys in others.items()
+            for key in keys
+            if key.numerics.comparable(candidate.numerics) and usable(who, key)
+        }
+        if found.keys() == today.keys():
+            return found[name]
+    return None
 
 
 def policy_id_of(store: Store, name: str) -> str:

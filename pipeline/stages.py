@@ -7,7 +7,7 @@ can run again: what is there already is not computed twice.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,14 @@ from pipeline.ids import content_id, unit_interval
 from pipeline.landscape import answerable, landscape, landscape_png
 from pipeline.losses import REGISTRY
 from pipeline.models import load_tokenizer, resolve
-from pipeline.names import key_of, policy_id_of, reported_pairs, scored_by, wanted_sequences
+from pipeline.names import (
+    earlier_key,
+    key_of,
+    policy_id_of,
+    reported_pairs,
+    scored_by,
+    wanted_sequences,
+)
 from pipeline.plan import ModelConfig, ObjectiveConfig, Plan
 from pipeline.report import RenderedReport, ReportInput, render
 from pipeline.rewards import reward_table
@@ -27,6 +34,7 @@ from pipeline.scoring.ledger import (
     last_trust,
     read_logprobs,
     read_unscored,
+    recorded_difference,
     scorers,
 )
 from pipeline.scoring.run import ScoringResult, score_sequences, scorer_key
@@ -202,11 +210,42 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
 def score(plan: Plan, store: Store, name: str) -> ScoringResult:
     """Score what is wanted of a model or a trained policy of the plan."""
     config, checkpoint = scored_by(plan, store, name)
-    key = scorer_key(store, config, checkpoint)
     sequences = wanted_sequences(plan, store, name)
-    result = score_sequences(name, key, config, checkpoint, sequences, plan.scoring)
+    result = None
+    if plan.scoring.accept_equivalent is not None:
+        result = _reused(plan, store, name, sequences, plan.scoring.accept_equivalent)
+    if result is None:
+        key = scorer_key(store, config, checkpoint)
+        result = score_sequences(name, key, config, checkpoint, sequences, plan.scoring)
     publish(store, "scorers", scorers(store.ledger), Scorer)
     return result
+
+
+def _reused(
+    plan: Plan, store: Store, name: str, sequences: pl.DataFrame, most: float
+) -> ScoringResult | None:
+    """What earlier numerics hold, if a sample scored today differs by at most `most` nats.
+
+    Where an audit's does not, its reference is scored in today's numerics as well, for its own
+    sample may have been close enough.
+    """
+    config, checkpoint = scored_by(plan, store, name)
+    key = scorer_key(store, config, checkpoint)
+    earlier = earlier_key(plan, store, name)
+    if earlier is not None:
+        ids = sorted(sequences["sequence_id"], key=partial(unit_interval, salt="equivalent"))
+        sample = sequences.filter(pl.col("sequence_id").is_in(ids[: plan.scoring.null_test_rows]))
+        result = score_sequences(f"{name}, a sample", key, config, checkpoint, sample, plan.scoring)
+        found = recorded_difference(key, earlier)
+        if found is not None and found.largest <= most:
+            n = sequences.height
+            return replace(result, key=earlier, n_wanted=n, n_reused=n, n_scored=0, n_unscored=0)
+    if name in plan.audits:
+        against = plan.reference_of(name)
+        reference, base = scored_by(plan, store, against)
+        key = scorer_key(store, reference, base)
+        score_sequences(against, key, reference, base, sequences, plan.scoring)
+    return None
 
 
 def scored_rows(plan: Plan, store: Store, name: str, key: ScorerKey) -> ScoredRows:

@@ -225,6 +225,13 @@ class ScoringConfig(_Section):
         default=None, gt=0, description="Nats per sequence; by dtype where null."
     )
     parity: ParityConfig | None = None
+    accept_equivalent: float | None = Field(
+        default=None,
+        ge=0,
+        description="After an upgrade of the engine, audits go on with the log-probs of the "
+        "numerics before it if a sample scored anew (`null_test_rows`) differs by no more than so "
+        "many nats per sequence; null: everything is scored anew.",
+    )
     train_pairs: int | None = Field(
         default=None,
         ge=0,
@@ -301,6 +308,16 @@ class Plan(_Section):
         ):
             if both := sorted(set(left) & set(right)):
                 raise fault(f"{section}.{both[0]}", f"names {what}; names must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _equivalents_are_for_audits(self) -> "Plan":
+        if self.scoring.accept_equivalent is not None and (self.objectives or self.scoring.parity):
+            raise fault(
+                "scoring.accept_equivalent",
+                "is for plans without objectives and parity: what is trained or compared is "
+                "computed in the numerics of today",
+            )
         return self
 
     @model_validator(mode="after")

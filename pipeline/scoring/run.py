@@ -27,7 +27,14 @@ from pipeline.scoring.engines.base import (
     sequence_sum,
 )
 from pipeline.scoring.engines.vllm_engine import vllm_package
-from pipeline.scoring.ledger import ScorerKey, append, last_trust, read_logprobs, record_trust
+from pipeline.scoring.ledger import (
+    ScorerKey,
+    append,
+    last_trust,
+    read_logprobs,
+    record_differences,
+    record_trust,
+)
 from pipeline.scoring.memory import OutOfMemory, halved, score_within_memory
 from pipeline.scoring.null_test import NullTest, null_test
 from pipeline.scoring.workers import Opening, Report, Run, workers
@@ -111,6 +118,7 @@ def score_sequences(
                 n_tokens, rate = _score_missing(name, key, checkpoint, run, missing, batching)
                 scored = read_logprobs(key).join(missing, on="sequence_id", how="semi")
                 n_unscored = missing.height - scored.height
+                record_differences(key)
             tolerance = settings.tolerance(config.dtype)
             sample = _Sample(
                 key, sequences, settings.null_test_rows, batching.batch_tokens, tolerance

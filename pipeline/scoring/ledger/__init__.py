@@ -4,7 +4,7 @@
                                       token_logprobs/<hash>.parquet
                                       unscored/<hash>.parquet
                                       manifest/<number>.json
-                                      set_aside/, trust/, lock
+                                      set_aside/, trust/, differences/, lock
 
 A commit writes part files and then a manifest that names them with size and hash; a part no
 manifest names does not exist. Manifest numbers order the commits: of two values for one sequence,
@@ -24,10 +24,17 @@ from pipeline.scoring.ledger.commits import (
 )
 from pipeline.scoring.ledger.compaction import Compacted, compact
 from pipeline.scoring.ledger.contents import Fault, inventory, verify_ledger
+from pipeline.scoring.ledger.differences import (
+    Difference,
+    other_numerics,
+    record_differences,
+    recorded_difference,
+)
 from pipeline.scoring.ledger.trust import last_trust, record_trust
 
 __all__ = [
     "Compacted",
+    "Difference",
     "Fault",
     "Garbage",
     "ScorerKey",
@@ -36,10 +43,13 @@ __all__ = [
     "compact",
     "inventory",
     "last_trust",
+    "other_numerics",
     "read_logprobs",
     "read_token_logprobs",
     "read_unscored",
+    "record_differences",
     "record_trust",
+    "recorded_difference",
     "scorer_directories",
     "scorers",
     "verify_ledger",

@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.errors import StoreError
 from pipeline.failpoints import reach
 from pipeline.scoring.ledger.commits import TABLES, read_part, scorer_directories
+from pipeline.scoring.ledger.differences import DIFFERENCES
 from pipeline.scoring.ledger.manifests import (
     ASIDE,
     FOLDER,
@@ -82,7 +83,7 @@ def _files(directory: Path, kept: list[Manifest]) -> Iterator[Garbage]:
         for path in _entries(directory / name):
             if path.suffix == ".parquet" and path not in referenced:
                 yield Garbage(path, _size(path), "no manifest names it")
-    for name in (*TABLES, FOLDER, "trust"):
+    for name in (*TABLES, FOLDER, "trust", DIFFERENCES):
         for path in _entries(directory / name):
             if path.name.startswith(".") and path.suffix == ".tmp":
                 yield Garbage(path, _size(path), "temporary")

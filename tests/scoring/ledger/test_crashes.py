@@ -198,6 +198,42 @@ def test_the_variable_is_read_by_a_process_that_starts(tmp_path: Path) -> None:
         failpoints.arm("store.nowhere:kill@1")
 
 
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_the_pass_goes_on_when_there_is_room(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    """On a real one, at twenty sizes; needs root, hence slow."""
+    expected, stopped = everything(fake_key(undisturbed)), 0
+    for n_kib in range(4, 84, 4):
+        disk = tmp_path / f"{n_kib}k"
+        disk.mkdir()
+        small = ["-t", "tmpfs", "-o", f"size={n_kib}k", "tmpfs", str(disk)]
+        subprocess.run(["mount", *small], check=True)
+        try:
+            key = fake_key(disk)
+            try:
+                score(key, SEQUENCES, commit_rows=COMMIT_ROWS)
+            except StoreError as error:
+                stopped += 1
+                said = str(error)
+            else:
+                said = f"No space left on device, {disk}"
+            assert "No space left on device" in said
+            assert str(disk) in said
+            left = everything(key)
+            ids = left["sequence_id"].to_list()
+            assert left.equals(expected.filter(pl.col("sequence_id").is_in(ids)))
+            assert verify_ledger(key.ledger) == []
+            subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+            result = score(key, SEQUENCES, commit_rows=COMMIT_ROWS)
+            assert result.n_reused == len(ids)
+            assert everything(key).equals(expected)
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+    measured(f"{stopped} of 20 passes were stopped by a full disk")
+    assert 5 < stopped < 20
+
+
 def overlapping(root: Path, first: int) -> None:
     (root / f"ready{first}").touch()
     while len(list(root.glob("ready*"))) < 8:
