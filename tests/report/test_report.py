@@ -123,7 +123,7 @@ def test_pairs_are_accounted_for() -> None:
     pairs = report_numbers(inp)["pairs"]
     assert (pairs["n"], pairs["n_scored"], pairs["n_untokenized"]) == (91, 90, 1)
     assert pairs["n_unaccounted"] == 0
-    assert pairs["by_split"] == {"train": 46, "test": 45, "evaluation": 0}
+    assert pairs["by_split"] == {"train": 46, "test": 45, "evaluation": 0, "left_out": 0}
     lost = replace(inp, untokenized=inp.untokenized.clear())
     assert report_numbers(lost)["pairs"]["n_unaccounted"] == 1
 
