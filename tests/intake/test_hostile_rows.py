@@ -89,9 +89,14 @@ def holds(data: bytes, held: bytes, options: dict[str, object]) -> bool:
         )
         assert lost.is_empty(), lost
         named = pl.coalesce("pair_id", "label_id")
-        ids = [*read(store, "pairs")["pair_id"], *read(store, "labels")["label_id"]]
-        kept = rows.filter(pl.col("disposition") != "quarantined").select(named)
-        assert set(kept["pair_id"]) == set(ids)
+        pairs, labels = read(store, "pairs"), read(store, "labels")
+        kept = rows.filter(pl.col("disposition") != "quarantined")
+        # A row of a list names the first of its pairs, and each pair the row that gave it first.
+        assert set(kept.select(named)["pair_id"]) <= {*pairs["pair_id"], *labels["label_id"]}
+        assert kept["n_units"].sum() == pairs["votes"].sum() + labels["votes"].sum()
+        places = pl.concat([table.select("file", "row") for table in (pairs, labels)])
+        given = rows.filter(disposition="accepted").select("file", "row")
+        assert places.join(given, on=["file", "row"], how="anti").is_empty()
         assert not list(folder.glob("store/.intake-*"))
         return True
     finally:
