@@ -93,7 +93,8 @@ def holds(data: bytes, held: bytes, options: dict[str, object]) -> bool:
         kept = rows.filter(pl.col("disposition") != "quarantined")
         # A row of a list names the first of its pairs, and each pair the row that gave it first.
         assert set(kept.select(named)["pair_id"]) <= {*pairs["pair_id"], *labels["label_id"]}
-        assert kept["n_units"].sum() == pairs["votes"].sum() + labels["votes"].sum()
+        votes = pl.concat([pairs["votes"], labels["votes"]])
+        assert kept["n_units"].sum() == votes.sum()
         places = pl.concat([table.select("file", "row") for table in (pairs, labels)])
         given = rows.filter(disposition="accepted").select("file", "row")
         assert places.join(given, on=["file", "row"], how="anti").is_empty()
