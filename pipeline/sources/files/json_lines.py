@@ -6,7 +6,7 @@ Polars' own reader fails a whole file for one bad line and repairs others silent
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from pipeline.sources.files.rows import KEPT_BYTES, RawRow, too_long
+from pipeline.sources.files.rows import BLANK, KEPT_BYTES, RawRow, too_long
 
 _BLOCK = 1 << 20
 
@@ -22,7 +22,7 @@ def cut_lines(stream: BinaryIO, offset: int, limit: int) -> Iterator[RawRow]:
         if n_bytes > limit and not line.endswith(b"\n"):
             n_bytes += _skip_line(stream)
             yield RawRow(number, offset, line[:KEPT_BYTES], too_long(n_bytes, limit))
-        elif not line.isspace():
+        elif not line.isspace() or line.strip(BLANK):  # a line of \x0b alone is no blank one
             yield RawRow(number, offset, line.rstrip(b"\r\n"))
         number += 1
         offset += n_bytes

@@ -27,7 +27,7 @@ def lines_by_hand(data: bytes) -> list[tuple[int, int, bytes]]:
             start, line = 3, line[3:]
         while line[-1:] == b"\r":
             line = line[:-1]
-        if line.strip(b" \t\n\r\x0b\x0c"):
+        if line.strip(b" \t\n\r"):
             rows.append((number, start, line))
         start, number = end + 1, number + 1
     return rows
@@ -39,6 +39,7 @@ FILES = {
     "crlf": b'{"a":1}\r\n{"b":2}\r\n{"c":3}',
     "byte-order mark": b'\xef\xbb\xbf{"a":1}\n\xef\xbb\xbf{"b":2}\n',
     "byte-order mark alone": b"\xef\xbb\xbf\n{}",
+    "lines that are blank but not to JSON": b'\x0b\n{"a":1}\n \x0c\n',
     "blank lines": b'\n\n{"a":1}\n \t\r\n{"b":2}\n\n',
     "multi-byte": '{"é":"😀"}\n{"a":"\u2028\x85"}\n'.encode(),
     "carriage return inside": b'{"a":\r1}\n',
