@@ -62,13 +62,13 @@ def main() -> None:
         flat.write_csv(root / "rows.csv")
         frame.write_parquet(root / "rows.parquet")
         frame.write_ipc_stream(root / "rows.arrow")
-        print(f"{len(text) // N_ROWS} bytes a row")  # noqa: T201
+        print(f"{len(text) // N_ROWS} bytes a row")
         for path in sorted(root.iterdir()):
 
             def read(path: Path = path) -> None:
                 assert sum(1 for _ in frame_rows(path)) == N_ROWS
 
-            print(f"{path.name:15} {_best(read, N_ROWS):6.2f} us a row")  # noqa: T201
+            print(f"{path.name:15} {_best(read, N_ROWS):6.2f} us a row")
     few = lines[:20_000]
     for name, sample in {
         "as UTF-8": few,
@@ -84,7 +84,7 @@ def main() -> None:
                 json.loads(line)
 
         strict, loose = _best(parse, len(sample)), _best(plain, len(sample))
-        print(f"strict parse, {name}: {strict:.2f} us a row; json.loads {loose:.2f}")  # noqa: T201
+        print(f"strict parse, {name}: {strict:.2f} us a row; json.loads {loose:.2f}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main(n_pairs: int) -> None:
         for what in ("as committed", "compacted"):
             runs = [run_again(path) for _ in range(3)]
             size = sum(p.stat().st_size for p in ledger.rglob("*") if p.is_file()) / (1 << 20)
-            print(  # noqa: T201
+            print(
                 f"{what}: {n_pairs:,} pairs known in {min(r.seconds for r in runs):.2f} s, "
                 f"{size:.0f} MiB; torch loaded: {runs[0].loaded_torch}"
             )

@@ -80,12 +80,12 @@ def _print_table(runs: list[dict[str, Any]], ways: list[str]) -> None:
     seconds = {way: [run["seconds"] for run in runs if run["way"] == way] for way in ways}
     base = statistics.median(seconds[ways[0]])
     tokens = {run["tokens"] for run in runs}
-    print(f"\n{runs[0]['n']} pairs, {' or '.join(map(str, sorted(tokens)))} tokens")  # noqa: T201
+    print(f"\n{runs[0]['n']} pairs, {' or '.join(map(str, sorted(tokens)))} tokens")
     for way in ways:
         middle = statistics.median(seconds[way])
         cpu = statistics.median(run["cpu"] for run in runs if run["way"] == way)
         memory = max(run["mb"] for run in runs if run["way"] == way)
-        print(  # noqa: T201
+        print(
             f"{way:6} median {middle:7.2f} s ({min(seconds[way]):.2f} to {max(seconds[way]):.2f}), "
             f"{runs[0]['n'] / middle:6.0f} pairs/s, {middle / base:5.2f} x, "
             f"{cpu:6.2f} core seconds, peak {memory:5.0f} MB"

@@ -98,4 +98,4 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), sys.argv[3])))  # noqa: T201
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), sys.argv[3])))

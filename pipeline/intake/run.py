@@ -264,9 +264,10 @@ def _labels(judged: list[JudgedBucket], spool: Path, counts: _Counts) -> Iterato
 def _rows(
     read: list[ReadChunk], states: pl.DataFrame, spool: Path, counts: _Counts
 ) -> Iterator[pl.DataFrame]:
-    for chunk in read:
-        places = read_parts([(_places(spool, chunk.number), 0)], PLACE_SCHEMA)
-        rows = row_fates(places, _between(states, places))
+    schema = pl.Schema({name: dtype for name, dtype in PLACE_SCHEMA.items() if name != "raw"})
+    for chunk, first in _with_first(read):
+        places = read_parts([(_places(spool, chunk.number), 0)], schema)
+        rows = row_fates(places, _between(states, first, chunk.n_rows))
         counts.fates += count_fates(rows)
         yield rows
 
@@ -274,18 +275,28 @@ def _rows(
 def _quarantine(
     read: list[ReadChunk], rejected: pl.DataFrame, spool: Path, examples: "_Examples"
 ) -> Iterator[pl.DataFrame]:
-    for chunk in read:
-        places = read_parts([(_places(spool, chunk.number), 0)], PLACE_SCHEMA)
-        piece = quarantined(places, _between(rejected, places))
+    for chunk, first in _with_first(read):
+        found = _between(rejected, first, chunk.n_rows)
+        if found.is_empty():
+            continue
+        piece = quarantined(read_parts([(_places(spool, chunk.number), 0)], PLACE_SCHEMA), found)
         examples.see(piece)
         yield piece
 
 
-def _between(frame: pl.DataFrame, places: pl.DataFrame) -> pl.DataFrame:
-    """The rows of a frame, sorted by ordinal, that are about the rows in `places`."""
+def _with_first(read: list[ReadChunk]) -> Iterator[tuple[ReadChunk, int]]:
+    """Each chunk, and the ordinal of its first row."""
+    first = 0
+    for chunk in read:
+        yield chunk, first
+        first += chunk.n_rows
+
+
+def _between(frame: pl.DataFrame, first: int, n_rows: int) -> pl.DataFrame:
+    """The rows of a frame, sorted by ordinal, that are about `n_rows` rows from `first` on."""
     ordinals = frame["ordinal"]
-    start = ordinals.search_sorted(places["ordinal"][0], side="left")
-    end = ordinals.search_sorted(places["ordinal"][-1], side="right")
+    start = ordinals.search_sorted(first, side="left")
+    end = ordinals.search_sorted(first + n_rows, side="left")
     return frame[start:end]
 
 
@@ -296,9 +307,8 @@ class _Examples:
         self._seen: list[pl.DataFrame] = []
 
     def see(self, piece: pl.DataFrame) -> None:
-        if piece.height:
-            self._seen.append(piece)
-            self._seen = [self.frame()]
+        self._seen.append(piece)
+        self._seen = [self.frame()]
 
     def frame(self) -> pl.DataFrame:
         if not self._seen:

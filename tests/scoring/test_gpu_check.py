@@ -40,12 +40,6 @@ def test_without_a_gpu_it_refuses_at_once_with_a_sentence(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(PROJECT)
-
-
-@pytest.mark.usefixtures("benchmarks_are_importable")
 def test_a_failing_part_hides_no_other_and_fails_the_whole(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -82,7 +76,6 @@ def test_a_failing_part_hides_no_other_and_fails_the_whole(
         assert ("FAILED" in capsys.readouterr().out) is bool(code)
 
 
-@pytest.mark.usefixtures("benchmarks_are_importable")
 def test_what_happens_elsewhere_is_told_here() -> None:
     from benchmarks.gpu_check.processes import Elsewhere, ElsewhereError, elsewhere
 
@@ -95,7 +88,6 @@ def test_what_happens_elsewhere_is_told_here() -> None:
         elsewhere({}, os._exit, 3)
 
 
-@pytest.mark.usefixtures("benchmarks_are_importable")
 def test_differences_are_those_of_sums_and_of_tokens() -> None:
     from benchmarks.gpu_check.lab import difference
 
