@@ -29,6 +29,9 @@ POINTS = (
     "collect.manifest",  # a replaced manifest is gone
     "collect.manifests",  # all are
     "collect.file",  # a file that nobody names is gone
+    "checkpoint.begun",  # a checkpoint's folder is there under a temporary name, empty
+    "checkpoint.written",  # its weights are in it
+    "checkpoint.published",  # it has its name, and the ones before are still there
 )
 """Every point, in the order of the modules that have them."""
 

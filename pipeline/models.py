@@ -85,6 +85,13 @@ def resolve(config: ModelConfig, store: Store) -> Checkpoint:
     return Checkpoint(path, config.adapter)
 
 
+def policy_checkpoint(start: Path, directory: Path) -> Checkpoint:
+    """A policy as a model to load: an adapter over its start, or a model of its own."""
+    if (directory / "adapter_config.json").exists():
+        return Checkpoint(start, directory)
+    return Checkpoint(directory)
+
+
 def located(config: ModelConfig, store: Store) -> Checkpoint | None:
     """`resolve` of a model that is on this disk already: nothing is fetched or written out."""
     name = config.checkpoint

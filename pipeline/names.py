@@ -7,7 +7,7 @@ import polars as pl
 
 from pipeline.errors import StoreError
 from pipeline.ids import unit_interval
-from pipeline.models import Checkpoint, resolve
+from pipeline.models import Checkpoint, policy_checkpoint, resolve
 from pipeline.plan import ModelConfig, Plan
 from pipeline.scoring.ledger import (
     ScorerKey,
@@ -18,7 +18,7 @@ from pipeline.scoring.ledger import (
 from pipeline.scoring.passes import with_passes
 from pipeline.scoring.run import scorer_key
 from pipeline.store import Store, current_snapshot, read
-from pipeline.training.kl_rows import kl_sequences
+from pipeline.training.data.kl_rows import kl_sequences
 
 
 def store_of(plan: Plan) -> Store:
@@ -44,7 +44,7 @@ def scored_by(plan: Plan, store: Store, name: str) -> tuple[ModelConfig, Checkpo
     if not directory.exists():
         raise StoreError(f"{directory}: the policy of objective '{name}' is missing; train it")
     start = resolve(plan.models[objective.start], store)
-    return plan.models[objective.reference], Checkpoint(start.path, directory)
+    return plan.models[objective.reference], policy_checkpoint(start.path, directory)
 
 
 def key_of(plan: Plan, store: Store, name: str) -> tuple[ScorerKey, Checkpoint]:

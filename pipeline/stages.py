@@ -57,7 +57,7 @@ from pipeline.tokenization import (
     require_same_tokenizer,
     sorted_rows,
 )
-from pipeline.training.kl_rows import kl_rows
+from pipeline.training.data.kl_rows import kl_rows
 from pipeline.training.objective import train_objective
 from pipeline.training.policy import PolicyResult
 from schemas import (
@@ -70,6 +70,7 @@ from schemas import (
     Scorer,
     Sequence,
     Tokenization,
+    TrainingEvaluation,
     TrainingStep,
     UntokenizedLabel,
     UntokenizedPair,
@@ -270,6 +271,7 @@ def train(plan: Plan, store: Store, name: str) -> PolicyResult:
     """Train the policy of an objective, or find it trained; publish its training steps."""
     result = train_objective(plan, store, name)
     publish(store, f"training_steps/{name}", result.steps, TrainingStep)
+    publish(store, f"training_evaluations/{name}", result.evaluations, TrainingEvaluation)
     pointer = json.dumps({"policy_id": result.policy_id}).encode()
     publish_file(store, f"policies/{name}", pointer, ".json")
     return result

@@ -24,7 +24,7 @@ from schemas.sequences import (
     UntokenizedLabel,
     UntokenizedPair,
 )
-from schemas.training import TrainingStep
+from schemas.training import TrainingEvaluation, TrainingStep
 
 __all__ = [
     "MESSAGES",
@@ -49,6 +49,7 @@ __all__ = [
     "Table",
     "TokenLogProb",
     "Tokenization",
+    "TrainingEvaluation",
     "TrainingStep",
     "UnitCandidate",
     "UnscoredSequence",

@@ -12,19 +12,22 @@ class TrainingStep(Table):
 
     Each number is of the step's batch *before* its update. A reward is beta times the log-ratio;
     for a loss without reference it is its own score. A tie counts half in `rewards/accuracies`
-    (in TRL it counts as wrong).
+    (in TRL it counts as wrong). Margins and accuracies are of pairs; `chosen` and `rejected` are of
+    desirable and undesirable labels too. A number is null where the batch has nothing it is of.
     """
 
     policy_id: str = pa.Field(str_matches=ID)
     step: int = pa.Field(ge=1)
     epoch: float = pa.Field(ge=0)
     loss: float
-    rewards_chosen: Series[pl.Float64] = pa.Field(alias="rewards/chosen")
-    rewards_rejected: Series[pl.Float64] = pa.Field(alias="rewards/rejected")
-    rewards_margins: Series[pl.Float64] = pa.Field(alias="rewards/margins")
-    rewards_accuracies: Series[pl.Float64] = pa.Field(alias="rewards/accuracies", ge=0, le=1)
-    logps_chosen: Series[pl.Float64] = pa.Field(alias="logps/chosen")
-    logps_rejected: Series[pl.Float64] = pa.Field(alias="logps/rejected")
+    rewards_chosen: Series[pl.Float64] = pa.Field(alias="rewards/chosen", nullable=True)
+    rewards_rejected: Series[pl.Float64] = pa.Field(alias="rewards/rejected", nullable=True)
+    rewards_margins: Series[pl.Float64] = pa.Field(alias="rewards/margins", nullable=True)
+    rewards_accuracies: Series[pl.Float64] = pa.Field(
+        alias="rewards/accuracies", ge=0, le=1, nullable=True
+    )
+    logps_chosen: Series[pl.Float64] = pa.Field(alias="logps/chosen", nullable=True)
+    logps_rejected: Series[pl.Float64] = pa.Field(alias="logps/rejected", nullable=True)
     kl: float | None = pa.Field(
         nullable=True,
         ge=0,
@@ -34,3 +37,25 @@ class TrainingStep(Table):
     grad_norm: float = pa.Field(ge=0)
     learning_rate: float = pa.Field(ge=0)
     num_tokens: int = pa.Field(ge=1, description="Tokens seen since the start, prompts included.")
+
+
+class TrainingEvaluation(Table):
+    """One row is an evaluation on held-out examples, after so many optimiser steps.
+
+    Names and units are `TrainingStep`'s.
+    """
+
+    policy_id: str = pa.Field(str_matches=ID)
+    step: int = pa.Field(ge=0, description="Optimiser steps taken before it.")
+    n: int = pa.Field(ge=1, description="Examples.")
+    eval_loss: float
+    eval_rewards_chosen: Series[pl.Float64] = pa.Field(alias="eval_rewards/chosen", nullable=True)
+    eval_rewards_rejected: Series[pl.Float64] = pa.Field(
+        alias="eval_rewards/rejected", nullable=True
+    )
+    eval_rewards_margins: Series[pl.Float64] = pa.Field(alias="eval_rewards/margins", nullable=True)
+    eval_rewards_accuracies: Series[pl.Float64] = pa.Field(
+        alias="eval_rewards/accuracies", ge=0, le=1, nullable=True
+    )
+    eval_logps_chosen: Series[pl.Float64] = pa.Field(alias="eval_logps/chosen", nullable=True)
+    eval_logps_rejected: Series[pl.Float64] = pa.Field(alias="eval_logps/rejected", nullable=True)

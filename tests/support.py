@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import numpy as np
 
 from pipeline.intake import run_intake
 from pipeline.names import store_of
-from pipeline.plan import Plan, load_plan
+from pipeline.plan import ObjectiveConfig, Plan, load_plan
 from pipeline.scoring.engines.base import Group, Numerics, Sharing
 from pipeline.stages import score, tokenize
 from pipeline.store import Store
+from pipeline.training.data.examples import Example
+from pipeline.training.run.replicas import Replicas
+from pipeline.training.run.step import StepResult, Work, run_step
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -90,6 +93,22 @@ def prepared(path: Path, *overrides: str) -> tuple[Plan, Store]:
     for name in plan.scored_models:
         score(plan, store, name)
     return plan, store
+
+
+def stepped(
+    model: Any,
+    examples: Sequence[Example],
+    objective: ObjectiveConfig,
+    *,
+    number: int = 1,
+    before: Mapping[str, float] | None = None,
+    most_tokens: int = 512,
+    threads: int = 1,
+) -> StepResult:
+    """The gradient of a step, left in the model's parameters, and what it came to."""
+    work = Work(examples, number, range(len(examples)), before or {})
+    with Replicas(model, threads) as replicas:
+        return run_step(replicas, work, objective, most_tokens, lambda *_: None)
 
 
 FAKE_NUMERICS = Numerics(

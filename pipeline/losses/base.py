@@ -233,6 +233,9 @@ class LossSpec:
         statistic: (batch, values, the step before's) to what `loss` must know of the whole batch;
             None for a loss of its own pair. Its scope is the optimiser step, or a whole table.
         domain: what the numbers must be; outside `loss` raises LossInputError.
+        rows: (batch, values, statistics) to the losses of a chosen reply as a desirable row and of
+            a rejected one as an undesirable row, [B] each; `loss` is their mean. None for a loss
+            of pairs.
     """
 
     name: str
@@ -247,6 +250,7 @@ class LossSpec:
     target: Callable[[Values], Target | None] = lambda values: None
     statistic: Callable[[PairBatch, Values, Statistics], Statistics] | None = None
     domain: str = ""
+    rows: Callable[[PairBatch, Values, Statistics], Pair] | None = None
 
     @property
     def defaults(self) -> dict[str, float]:

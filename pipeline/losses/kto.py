@@ -15,17 +15,22 @@ def _rewards(batch: PairBatch, values: Values) -> Pair:
     return values["beta"] * batch.chosen.log_ratio, values["beta"] * batch.rejected.log_ratio
 
 
-def kto_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
-    """The mean of a pair's desirable and undesirable row, [B].
+def kto_rows(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
+    """The losses of a pair's desirable and undesirable row, [B] each.
 
     A desirable row of log-ratio h costs desirable_weight * (1 - sigmoid(beta * (h - z0))), an
     undesirable one undesirable_weight * (1 - sigmoid(beta * (z0 - h))). z0 is the mismatched
-    replies' mean log-ratio, nats, not below 0. The mean over pairs is the paper's and TRL's mean
-    over rows.
+    replies' mean log-ratio, nats, not below 0.
     """
     beta, z0 = values["beta"], _reference_point(statistics)
     desirable = values["desirable_weight"] * sigmoid(beta * (z0 - batch.chosen.log_ratio))
     undesirable = values["undesirable_weight"] * sigmoid(beta * (batch.rejected.log_ratio - z0))
+    return desirable, undesirable
+
+
+def kto_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
+    """The mean of a pair's rows, [B]: the mean over pairs is the paper's and TRL's over rows."""
+    desirable, undesirable = kto_rows(batch, values, statistics)
     return (desirable + undesirable) / 2
 
 
@@ -88,9 +93,9 @@ def nca_slopes(batch: PairBatch, values: Values, statistics: Statistics) -> Pair
 
 
 def bco_statistic(batch: PairBatch, values: Values, before: Statistics) -> Statistics:
-    """`shift`: the mean reward of all replies (delta of the paper's section 4)."""
-    chosen, rejected = _rewards(batch, values)
-    return {"shift": ((chosen.mean() + rejected.mean()) / 2).item()}
+    """`shift`: the mean of the two classes' mean rewards (delta of the paper's section 4)."""
+    means = [rewards.mean() for rewards in _rewards(batch, values) if len(rewards)]
+    return {"shift": (sum(means[1:], means[0]) / len(means)).item()}
 
 
 def bco_pair_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
@@ -106,8 +111,8 @@ def bco_pair_slopes(batch: PairBatch, values: Values, statistics: Statistics) ->
     return -sigmoid(shift - chosen), sigmoid(rejected - shift)
 
 
-def bco_unpaired_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
-    """The mean of a pair's two rows, [B]; the undesirable one counts `undesirable_weight`.
+def bco_unpaired_rows(batch: PairBatch, values: Values, statistics: Statistics) -> Pair:
+    """The losses of a pair's two rows, [B] each; the undesirable one times `undesirable_weight`.
 
     The paper's weight is a density ratio of prompts per row; of pairs, which share their prompts,
     it is 1.
@@ -115,6 +120,12 @@ def bco_unpaired_loss(batch: PairBatch, values: Values, statistics: Statistics) 
     chosen, rejected = _rewards(batch, values)
     desirable = logistic(chosen - statistics["shift"])
     undesirable = values["undesirable_weight"] * logistic(statistics["shift"] - rejected)
+    return desirable, undesirable
+
+
+def bco_unpaired_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
+    """The mean of a pair's two rows, [B]."""
+    desirable, undesirable = bco_unpaired_rows(batch, values, statistics)
     return (desirable + undesirable) / 2
 
 
@@ -147,6 +158,7 @@ KTO = LossSpec(
     scale=REWARD,
     loss=kto_loss,
     slopes=kto_slopes,
+    rows=kto_rows,
 )
 APO_ZERO = LossSpec(
     name="apo_zero",
@@ -215,6 +227,7 @@ BCO_UNPAIRED = LossSpec(
     loss=bco_unpaired_loss,
     slopes=bco_unpaired_slopes,
     statistic=bco_statistic,
+    rows=bco_unpaired_rows,
 )
 BCO_PAIR_UNSHIFTED = LossSpec(
     name="bco_pair_unshifted",

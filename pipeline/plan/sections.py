@@ -166,13 +166,24 @@ class LoraConfig(_Section):
 class TrainingConfig(_Section):
     """Optimiser and schedule, shared by all objectives."""
 
+    method: Literal["lora", "full"] = Field(
+        default="lora", description="Adapters over the start model, or all of its weights."
+    )
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="Ends training earlier.")
-    batch_pairs: int = Field(default=8, ge=1, description="Pairs per optimiser step.")
+    batch_pairs: int = Field(default=8, ge=1, description="Pairs (or labels) per optimiser step.")
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens per optimiser step instead, prompts counted with every reply.",
+    )
     learning_rate: float = Field(default=5e-5, gt=0)
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    schedule: Literal["linear", "cosine", "constant_with_warmup", "constant"] = "linear"
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     seed: int = Field(default=0, ge=0)
     reference_correction: Literal["auto", "never"] = Field(
@@ -181,6 +192,63 @@ class TrainingConfig(_Section):
         "into the trainer's, or refused.",
     )
     lora: LoraConfig = LoraConfig()
+    evaluate_every: int | None = Field(
+        default=None, ge=1, description="Steps between evaluations on held-out pairs; null: none."
+    )
+    evaluation_pairs: int | None = Field(
+        default=None, ge=1, description="Held-out pairs to evaluate on, the first by hash."
+    )
+    best_metric: str = Field(
+        default="eval_loss",
+        description="What evaluations are compared by, a column of `training_evaluations`; of a "
+        "loss less is better, of all else more.",
+    )
+    keep_best: bool = Field(
+        default=False, description="Whether the policy has the best evaluation's weights."
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Ends training after so many evaluations without a better."
+    )
+    checkpoint_every: int = Field(default=25, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(default=2, ge=1, description="The last ones, beside the best.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations twice rather than keep them."
+    )
+    micro_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="About how many tokens go through the model at once, a shared prompt counted "
+        "once; null: what suits the device.",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="Copies of the model's modules; null: what suits a CPU."
+    )
+    processes: int = Field(default=1, ge=1, description="Started by torchrun, one a device.")
+    log_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default=[], description="Experiment trackers, which must be installed."
+    )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights, beyond rounding."""
+        said = self.model_dump(exclude=_NOT_WEIGHTS)
+        if not (self.keep_best or self.patience):
+            said = {k: v for k, v in said.items() if k not in _EVALUATION}
+        return said
+
+    @model_validator(mode="after")
+    def _best_is_looked_for(self) -> "TrainingConfig":
+        if (self.keep_best or self.patience) and self.evaluate_every is None:
+            raise fault("evaluate_every", "keep_best and patience need evaluations")
+        return self
+
+
+_EVALUATION = {"evaluate_every", "evaluation_pairs", "best_metric", "keep_best", "patience"}
+# Whether a reference was corrected shows in its values.
+_NOT_WEIGHTS = {
+    *("reference_correction", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"),
+    *("micro_batch_tokens", "threads", "processes", "log_to"),
+}
 
 
 class ParityConfig(_Section):

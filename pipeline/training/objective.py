@@ -1,17 +1,21 @@
 """Training an objective of a plan: what its loss needs is gathered from the tables, or scored."""
 
+from functools import partial
+
 import polars as pl
 
 from pipeline.errors import TrainingError
+from pipeline.ids import unit_interval
 from pipeline.models import Checkpoint
 from pipeline.names import key_of, scored_by, wanted_sequences
 from pipeline.plan import ModelConfig, Plan
 from pipeline.scoring.ledger import ScorerKey, read_logprobs
 from pipeline.scoring.run import score_sequences, scorer_key
 from pipeline.store import Store, read
-from pipeline.training.batches import training_pairs
-from pipeline.training.correction import Correction, correct_reference
-from pipeline.training.policy import PolicyResult, train_policy
+from pipeline.training.data.correction import Correction, correct_reference
+from pipeline.training.data.examples import Example, training_pairs
+from pipeline.training.policy import PolicyResult, policy_id, train_policy
+from pipeline.training.run.loop import Job
 
 
 def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
@@ -38,28 +42,43 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     elif not planned.numerics.comparable(here.numerics):
         tolerance = max(tolerance, _parity_tolerance(plan, objective.start))
     kl = read(store, f"kl_sequences/{name}") if objective.spec.needs_kl else None
-    pairs = training_pairs(
-        read(store, "pairs"),
-        read(store, "pair_sequences"),
-        wanted_sequences(plan, store, objective.reference),
-        reference,
-        kl,
-        with_strength="strength" in objective.spec.needs,
-    )
-    return train_policy(
-        store,
+    pairs, ways = read(store, "pairs"), read(store, "pair_sequences")
+    sequences = wanted_sequences(plan, store, objective.reference)
+    with_strength = "strength" in objective.spec.needs
+    examples = training_pairs(pairs, ways, sequences, reference, kl, with_strength=with_strength)
+    held_out: list[Example] = []
+    if plan.training.evaluate_every is not None:
+        held_out = training_pairs(
+            _held_out(pairs, ways, plan.training.evaluation_pairs),
+            ways,
+            sequences,
+            reference,
+            split="test",
+            with_strength=with_strength,
+        )
+    identifier = policy_id(here, reference_key, objective, plan.training, examples, held_out)
+    job = Job(
         name,
         objective,
         plan.training,
         start_config,
         start,
-        here,
-        reference_key,
-        pairs,
-        start_logprobs,
+        examples,
+        held_out,
+        dict(start_logprobs.select("sequence_id", "logprob").iter_rows()),
         tolerance,
-        correction,
+        store.policies / ".checkpoints" / identifier,
     )
+    return train_policy(store, identifier, job, correction)
+
+
+def _held_out(pairs: pl.DataFrame, ways: pl.DataFrame, most: int | None) -> pl.DataFrame:
+    """The tokenised pairs of the `test` split, at most so many, always the same ones."""
+    test = pairs.filter(split="test").join(ways.select("pair_id"), on="pair_id", how="semi")
+    if most is None:
+        return test
+    kept = sorted(test["pair_id"], key=partial(unit_interval, salt="evaluated"))[:most]
+    return test.filter(pl.col("pair_id").is_in(kept))
 
 
 def _corrected(
@@ -101,9 +120,10 @@ def _corrected(
 
 
 def _trained_on(plan: Plan, store: Store, name: str) -> pl.DataFrame:
-    """The sequences training reads: those of the `train` split and its mismatched replies."""
+    """The sequences training reads: its splits', and mismatched replies."""
     objective = plan.objectives[name]
-    train = read(store, "pairs").filter(pl.col("split") == "train")
+    splits = ["train", "test"] if plan.training.evaluate_every is not None else ["train"]
+    train = read(store, "pairs").filter(pl.col("split").is_in(splits))
     ways = read(store, "pair_sequences").join(train, on="pair_id", how="semi")
     ids = [*ways["chosen_id"], *ways["rejected_id"]]
     if objective.spec.needs_kl:

@@ -10,29 +10,36 @@ import polars as pl
 
 from pipeline.errors import TrainingError
 from pipeline.ids import content_id
-from pipeline.models import Checkpoint, publish_directory
-from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
+from pipeline.models import publish_directory
+from pipeline.plan import ObjectiveConfig, TrainingConfig
 from pipeline.scoring.ledger import ScorerKey
 from pipeline.store import Store, checked, file_digest, read_snapshot, write_parquet
-from pipeline.training.batches import TrainingPair, values_digest
-from pipeline.training.correction import Correction
-from pipeline.training.loop import FirstStep, Trained, train
-from schemas import TrainingStep
+from pipeline.training.data.correction import Correction
+from pipeline.training.data.examples import Example, values_digest
+from pipeline.training.run.devices import Devices
+from pipeline.training.run.gate import FirstStep
+from pipeline.training.run.loop import Job, Trained, train
+from schemas import Table, TrainingEvaluation, TrainingStep
 
-TRAINER_VERSION = 2
+TRAINER_VERSION = 3
 """Raised when the same inputs would give other weights."""
 
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """A policy on disk; `trained` is false if it was there already."""
+    """A policy on disk; `trained` is false if it was there already.
+
+    Its weights are those after step `kept`: the last, or the best evaluated.
+    """
 
     policy_id: str
     directory: Path
     trained: bool
     steps: pl.DataFrame
+    evaluations: pl.DataFrame
     first_step: FirstStep
     correction: Correction | None
+    kept: int
 
 
 def policy_id(
@@ -40,7 +47,8 @@ def policy_id(
     reference: ScorerKey | None,
     objective: ObjectiveConfig,
     config: TrainingConfig,
-    pairs: list[TrainingPair],
+    examples: list[Example],
+    held_out: list[Example],
 ) -> str:
     """Content id of everything that decides the weights; equal ids train once.
 
@@ -49,8 +57,10 @@ def policy_id(
         reference: the reference as it was scored; None for a loss that has none.
         objective: the loss and its values.
         config: optimiser and schedule.
-        pairs: what is trained on, with the reference's values as they are used.
+        examples: what is trained on, with the reference's values as they are used.
+        held_out: what is evaluated on; it matters where evaluations decide what is kept.
     """
+    decides = config.keep_best or config.patience is not None
     return content_id(
         "policy",
         {
@@ -58,10 +68,10 @@ def policy_id(
             "trainer_numerics": start.numerics.numerics_id,
             "reference": reference and reference.model.model_id,
             "reference_numerics": reference and reference.numerics.numerics_id,
-            "values": values_digest(pairs),
+            "values": values_digest(examples),
+            "held_out": values_digest(held_out) if decides else None,
             "objective": {"loss": objective.loss, "values": objective.values},
-            # Whether a reference was corrected shows in its values.
-            "training": config.model_dump(exclude={"reference_correction"}),
+            "training": config.identity,
             "version": TRAINER_VERSION,
         },
     )
@@ -69,91 +79,102 @@ def policy_id(
 
 def train_policy(
     store: Store,
-    name: str,
-    objective: ObjectiveConfig,
-    config: TrainingConfig,
-    start_config: ModelConfig,
-    start: Checkpoint,
-    start_key: ScorerKey,
-    reference_key: ScorerKey | None,
-    pairs: list[TrainingPair],
-    start_logprobs: pl.DataFrame,
-    tolerance: float,
+    identifier: str,
+    job: Job,
     correction: Correction | None,
 ) -> PolicyResult:
-    """Train the objective's policy, or find it trained.
+    """Train a policy, go on with it, or find it trained.
 
-    The policy's directory appears whole or not at all: its adapter in PEFT form (safetensors),
-    the tokeniser, the training steps, and `policy.json` with what it came from.
+    The policy's directory appears whole or not at all: its adapter in PEFT form or the whole model
+    in Hugging Face form (safetensors), the tokeniser, the training's tables, and `policy.json` with
+    what it came from. Until then its checkpoints are beside it.
 
     Raises:
         TrainingError: the first step does not agree with the tables, or a loss or gradient is not
-            finite.
+            finite; names the step.
     """
-    if start.adapter is not None:
+    if job.start.adapter is not None:
         raise TrainingError(
-            f"objective '{name}': its start '{objective.start}' is an adapter; merge it first "
-            "(an adapter on an adapter is not trained)"
+            f"objective '{job.name}': its start '{job.objective.start}' is an adapter; merge it "
+            "first (an adapter on an adapter is not trained)"
         )
-    identifier = policy_id(start_key, reference_key, objective, config, pairs)
     final = store.policies / identifier
-    if not final.exists():
-        trained = train(
-            name, objective, config, start_config, start, pairs, start_logprobs, tolerance
-        )
-        _save(store, final, identifier, name, objective, config, start, trained, correction)
-        return _load(final, identifier, trained=True)
-    return _load(final, identifier, trained=False)
+    if final.exists():
+        return load_policy(final, trained=False)
+    devices = Devices(job.config, job.numerics.dtype, job.name)
+    try:
+        trained = train(job, devices)
+        if devices.first:
+            _save(store, final, identifier, job, trained, correction)
+            shutil.rmtree(job.checkpoints, ignore_errors=True)
+        devices.wait()
+    finally:
+        devices.close()
+    return load_policy(final, trained=True)
 
 
 def _save(
     store: Store,
     final: Path,
     identifier: str,
-    name: str,
-    objective: ObjectiveConfig,
-    config: TrainingConfig,
-    start: Checkpoint,
+    job: Job,
     trained: Trained,
     correction: Correction | None,
 ) -> None:
     temporary = store.policies / f".{uuid.uuid4().hex}.tmp"
     temporary.mkdir(parents=True)
     try:
-        trained.save_adapter(temporary)
-        for file in start.path.glob("*token*"):
-            shutil.copy(file, temporary)
-        for file in start.path.glob("chat_template*"):
-            shutil.copy(file, temporary)
-        steps = trained.steps.select(pl.lit(identifier).alias("policy_id"), pl.all())
-        with (temporary / "training_steps.parquet").open("wb") as sink:
-            write_parquet(sink, checked("training_steps", steps, TrainingStep), "training_steps")
+        trained.model.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+        for pattern in ("*token*", "chat_template*"):
+            for file in job.start.path.glob(pattern):
+                shutil.copy(file, temporary)
+        digests = {}
+        for name, (table, schema) in _TABLES.items():
+            rows = getattr(trained, table).select(pl.lit(identifier).alias("policy_id"), pl.all())
+            with (temporary / f"{name}.parquet").open("wb") as sink:
+                write_parquet(sink, checked(name, rows, schema), name)
+            digests[name] = file_digest(temporary / f"{name}.parquet")
         record = {
             "policy_id": identifier,
-            "objective": {"name": name, **objective.model_dump()},
-            "training": config.model_dump(),
-            "start": str(start.path),
+            "objective": {"name": job.name, **job.objective.model_dump()},
+            "training": job.config.model_dump(),
+            "start": str(job.start.path),
             "first_step": trained.first_step.to_dict(),
             "reference_correction": correction and correction.to_dict(),
-            "steps_blake3": file_digest(temporary / "training_steps.parquet"),
+            "kept": trained.kept,
+            "blake3": digests,
         }
         (temporary / "policy.json").write_text(json.dumps(record, indent=2, sort_keys=True))
         publish_directory(temporary, final)
+    except OSError as error:
+        raise TrainingError(
+            f"step {trained.steps.height}: the policy cannot be written to {final}: {error}"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _load(directory: Path, identifier: str, *, trained: bool) -> PolicyResult:
+_TABLES: dict[str, tuple[str, type[Table]]] = {
+    "training_steps": ("steps", TrainingStep),
+    "training_evaluations": ("evaluations", TrainingEvaluation),
+}
+
+
+def load_policy(directory: Path, *, trained: bool) -> PolicyResult:
+    """A finished policy's tables and record."""
     record = json.loads((directory / "policy.json").read_text())
-    steps = read_snapshot(
-        directory / "training_steps.parquet", "training_steps", record["steps_blake3"]
-    )
+    tables = [
+        read_snapshot(directory / f"{name}.parquet", name, record["blake3"][name])
+        for name in _TABLES
+    ]
     corrected = record["reference_correction"]
     return PolicyResult(
-        identifier,
+        record["policy_id"],
         directory,
         trained,
-        steps,
+        *tables,
         FirstStep(**record["first_step"]),
         corrected and Correction(**corrected),
+        record["kept"],
     )

@@ -241,7 +241,7 @@ def test_a_second_run_computes_nothing(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("pipeline.scoring.engines.torch_engine.load_model", fail)
-    monkeypatch.setattr("pipeline.training.loop.load_model", fail)
+    monkeypatch.setattr("pipeline.training.run.model.load_model", fail)
     again = run(path, instance)
     assert again.success
     for name in ("base", "dpo"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from loss_pairs import A_PAIR, STATISTICS, Numbers, a_pair, batch_of, gradients
 from papers import FORMULAS, exact, log_sigmoid, slope
-from support import prepared
+from support import prepared, stepped
 
 from pipeline.errors import TrainingError
 from pipeline.losses import REGISTRY, weighted_sum
@@ -21,13 +21,11 @@ from pipeline.losses.table import statistics_of
 from pipeline.models import Checkpoint
 from pipeline.names import key_of
 from pipeline.plan import ObjectiveConfig
-from pipeline.scoring.engines.forward import Forward
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import train
 from pipeline.store import read
-from pipeline.training.batches import TrainingPair, training_pairs, values_digest
-from pipeline.training.loop import _with_adapter
-from pipeline.training.step import backward, look_ahead
+from pipeline.training.data.examples import Example, training_pairs, values_digest
+from pipeline.training.run.model import trainable_model
 
 WritePlan = Any
 SIDES = ("chosen", "rejected")
@@ -200,32 +198,28 @@ def test_a_step_of_single_pairs_has_the_whole_batchs_gradient(
     pairs = [
         replace(
             pair,
-            reference_chosen=pair.reference_chosen - 3.0 * (i % 3),
-            reference_rejected=pair.reference_rejected + 2.0 * (i % 4) - 3.0,
+            references=(
+                pair.references[0] - 3.0 * (i % 3),
+                pair.references[1] + 2.0 * (i % 4) - 3.0,
+            ),
         )
         for i, pair in enumerate(pairs)
     ]
     grads = []
     for ahead_of_it in (True, False):
-        torch.manual_seed(0)
         numerics = plan.models["base"].model_copy(update={"dtype": "float64"})
-        model = _with_adapter(start, numerics, plan.training)
+        model = trainable_model(start, numerics, plan.training, torch.device("cpu"))
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 parameter.data = torch.randn_like(parameter) * 0.05
         if ahead_of_it:
-            config = objective(STEPS[name])
-            forward = Forward(model)
-            ahead = look_ahead(forward, pairs, 2, config, {"running": 1.0}, lambda *_: None)
-            seen = [
-                backward(forward, pair, config, ahead.statistics, len(pairs), row)["loss"]
-                for pair, row in zip(pairs, ahead.rows, strict=True)
-            ]
+            found = stepped(
+                model, pairs, objective(STEPS[name]), before={"running": 1.0}, most_tokens=1
+            )
+            seen = [numbers["loss"] or 0.0 for numbers in found.seen]
         else:
             sums = torch.stack([torch.stack(written_out(model, pair)) for pair in pairs])
-            references = torch.tensor(
-                [[pair.reference_chosen, pair.reference_rejected] for pair in pairs]
-            )
+            references = torch.tensor([pair.references for pair in pairs])
             ratios = sums - references.double()
             apart = (references[:, 0] - references[:, 1]).double()
             loss = of_batch(name, ratios[:, 0], ratios[:, 1], apart)
@@ -239,9 +233,9 @@ def test_a_step_of_single_pairs_has_the_whole_batchs_gradient(
         assert (mine[key] - gradient).norm() / gradient.norm() < 1e-5, key
 
 
-def written_out(model: torch.nn.Module, pair: TrainingPair) -> list[torch.Tensor]:
+def written_out(model: torch.nn.Module, pair: Example) -> list[torch.Tensor]:
     totals = []
-    for completion in (pair.chosen, pair.rejected):
+    for completion in pair.replies:
         ids = torch.tensor([[*pair.prompt_ids, *completion.ids]])
         logprobs = torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1)
         picked = logprobs.gather(1, ids[0, 1:, None])[:, 0]
@@ -249,7 +243,7 @@ def written_out(model: torch.nn.Module, pair: TrainingPair) -> list[torch.Tensor
     return totals
 
 
-def the_pairs(plan: Any, store: Any, strengths: pl.Series | None = None) -> list[TrainingPair]:
+def the_pairs(plan: Any, store: Any, strengths: pl.Series | None = None) -> list[Example]:
     reference, _ = key_of(plan, store, "base")
     pairs = read(store, "pairs")
     if strengths is not None:
@@ -271,9 +265,9 @@ def test_strengths_reach_the_loss_and_the_identity(write_plan: WritePlan) -> Non
     assert values_digest(weak) != values_digest(strong)
     assert values_digest(the_pairs(plan, store)) not in (values_digest(weak), values_digest(strong))
     start = Checkpoint(Path(plan.models["base"].checkpoint))
-    forward = Forward(_with_adapter(start, plan.models["base"], plan.training))
+    model = trainable_model(start, plan.models["base"], plan.training, torch.device("cpu"))
     found = [
-        backward(forward, pairs[0], objective("rpo_sq"), {}, 1)["loss"] for pairs in (weak, strong)
+        stepped(model, pairs[:1], objective("rpo_sq")).seen[0]["loss"] for pairs in (weak, strong)
     ]
     assert found == pytest.approx([1.0, 4.0]), "(0 - strength)^2 at the start"
     some = pl.Series([None, *[1.0] * (n - 1)], dtype=pl.Float64)

@@ -15,8 +15,8 @@ from pipeline.scoring.ledger import read_logprobs, scorers
 from pipeline.scoring.run import scorer_key
 from pipeline.stages import compute_rewards, score, train
 from pipeline.store import Store, read
-from pipeline.training.batches import step_ids
-from pipeline.training.correction import correct_reference
+from pipeline.training.data.correction import correct_reference
+from pipeline.training.data.schedule import step_ids
 
 WritePlan = Any
 
@@ -38,7 +38,7 @@ def plan_with(
 def first_batch(plan: Plan, store: Store) -> pl.DataFrame:
     """The pairs of step 1 with their two sequences."""
     train_ids = sorted(read(store, "pairs").filter(pl.col("split") == "train")["pair_id"])
-    batch = step_ids(train_ids, plan.training)[0]
+    batch = step_ids(dict.fromkeys(train_ids, 1), plan.training)[0]
     return read(store, "pair_sequences").filter(pl.col("pair_id").is_in(batch))
 
 

@@ -15,8 +15,8 @@ from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import score, train
 from pipeline.store import read
 from pipeline.tokenization import sequence_id
-from pipeline.training.batches import step_ids
-from pipeline.training.kl_rows import kl_rows, kl_sequences
+from pipeline.training.data.kl_rows import kl_rows, kl_sequences
+from pipeline.training.data.schedule import step_ids
 from schemas import PairSequence, PreferencePair, Sequence, polars_schema
 
 WritePlan = Any
@@ -122,7 +122,7 @@ def test_an_inserted_row_disturbs_its_one_neighbour() -> None:
 def test_a_rotation_is_the_row_before_in_the_batch() -> None:
     tables = Tables(list(range(6)))
     kl = tables.kl("batch_rotation", epochs=2, batch_pairs=3)
-    steps = step_ids(sorted(tables.pairs["pair_id"]), TRAINING.model_copy(
+    steps = step_ids(dict.fromkeys(tables.pairs["pair_id"], 1), TRAINING.model_copy(
         update={"epochs": 2, "batch_pairs": 3}))  # fmt: skip
     assert len(steps) == 4
     for step, batch in enumerate(steps, start=1):
@@ -210,7 +210,7 @@ def test_the_logged_kl_is_the_mean_log_ratio_of_the_steps_mismatched_replies(
         key, _ = key_of(plan, store, name)
         logprobs[name] = dict(read_logprobs(key).select("sequence_id", "logprob").iter_rows())
     train_ids = sorted(read(store, "pairs").filter(pl.col("split") == "train")["pair_id"])
-    (batch,) = step_ids(train_ids, plan.training)
+    (batch,) = step_ids(dict.fromkeys(train_ids, 1), plan.training)
     found: list[float] = []
     expected: list[float] = []
     matched: list[float] = []

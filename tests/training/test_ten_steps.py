@@ -16,8 +16,8 @@ from pipeline.names import wanted_sequences
 from pipeline.plan import Plan
 from pipeline.stages import train
 from pipeline.store import Store, read
-from pipeline.training.batches import step_ids
-from pipeline.training.loop import _with_adapter
+from pipeline.training.data.schedule import step_ids
+from pipeline.training.run.model import trainable_model
 
 WritePlan = Any
 STEPS, RATE, WARMUP = 10, 4e-3, 1
@@ -67,9 +67,10 @@ def second_trainer(
 ) -> list[float]:
     """The mean losses of ten steps, from the adapter the first trainer starts with."""
     config, start = plan.models["base"], Checkpoint(Path(plan.models["base"].checkpoint))
-    torch.manual_seed(0)
-    single = _with_adapter(start, config, plan.training)
-    model = _with_adapter(start, config.model_copy(update={"dtype": "float64"}), plan.training)
+    cpu = torch.device("cpu")
+    single = trainable_model(start, config, plan.training, cpu)
+    wide = config.model_copy(update={"dtype": "float64"})
+    model = trainable_model(start, wide, plan.training, cpu)
     twins = dict(model.named_parameters())
     for name, parameter in single.named_parameters():
         twins[name].data = parameter.data.double()
@@ -86,7 +87,7 @@ def second_trainer(
         reference = {i: logprob(model, row) for i, row in rows.items()}
     train_ids = sorted(read(store, "pairs").filter(pl.col("split") == "train")["pair_id"])
     losses = []
-    for step, batch in enumerate(step_ids(train_ids, plan.training)):
+    for step, batch in enumerate(step_ids(dict.fromkeys(train_ids, 1), plan.training)):
         with torch.no_grad():
             ratios = [
                 float(logprob(model, rows[i]) - reference[i])

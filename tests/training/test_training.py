@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import build_tiny_model, prepared
+from support import build_tiny_model, prepared, stepped
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import TrainingError
@@ -18,13 +18,12 @@ from pipeline.models import Checkpoint, load_model
 from pipeline.names import key_of
 from pipeline.plan import Plan, TrainingConfig, load_plan
 from pipeline.scoring.engines.base import Completion
-from pipeline.scoring.engines.forward import Forward
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import compute_rewards, score, train
 from pipeline.store import Store, read
-from pipeline.training.batches import TrainingPair, schedule_of, training_pairs, values_digest
-from pipeline.training.loop import _with_adapter
-from pipeline.training.step import backward
+from pipeline.training.data.examples import Example, training_pairs, values_digest
+from pipeline.training.data.schedule import step_ids
+from pipeline.training.run.model import trainable_model
 
 WritePlan = Any
 
@@ -67,24 +66,23 @@ def test_gradients_equal_autograd_in_float64(write_plan: WritePlan) -> None:
     plan, store = prepared(write_plan())
     pairs = pairs_of(plan, store)[:3]
     # A reference that is not the start, so that the weights of the pairs differ.
-    pairs = [replace(p, reference_chosen=p.reference_chosen - 3.0 * i) for i, p in enumerate(pairs)]
+    pairs = [
+        replace(p, references=(p.references[0] - 3.0 * i, p.references[1]))
+        for i, p in enumerate(pairs)
+    ]
     objective, config = plan.objectives["dpo"], plan.models["base"]
     start = Checkpoint(Path(config.checkpoint))
     models = {}
     for dtype in ("float32", "float64"):
-        torch.manual_seed(0)
         numerics = config.model_copy(update={"dtype": dtype})
-        models[dtype] = _with_adapter(start, numerics, plan.training)
+        models[dtype] = trainable_model(start, numerics, plan.training, torch.device("cpu"))
     single, double = models["float32"], models["float64"]
     twins = dict(double.named_parameters())
     for name, parameter in single.named_parameters():
         if "lora_B" in name:  # at its start B is 0, and A's gradient with it
             parameter.data = torch.randn_like(parameter) * 0.05
         twins[name].data = parameter.data.double()
-    forward = Forward(single)
-    assert forward.sharing.shared
-    for pair in pairs:
-        backward(forward, pair, objective, {}, len(pairs))
+    stepped(single, pairs, objective)
     losses = [written_out(double, pair, objective.values["beta"]) for pair in pairs]
     torch.autograd.backward(torch.stack(losses).mean())
     mine, oracle = (
@@ -117,18 +115,18 @@ def test_adapters_can_stay_in_the_last_layers(write_plan: WritePlan) -> None:
     assert len(load_file(other.directory / "adapter_model.safetensors")) == 2 * 2 * 7
 
 
-def written_out(model: torch.nn.Module, pair: TrainingPair, beta: float) -> torch.Tensor:
+def written_out(model: torch.nn.Module, pair: Example, beta: float) -> torch.Tensor:
     totals = []
-    for completion in (pair.chosen, pair.rejected):
+    for completion in pair.replies:
         ids = torch.tensor([[*pair.prompt_ids, *completion.ids]])
         logits = model(input_ids=ids).logits[0, :-1]
         logprobs = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
         totals.append(logprobs[len(pair.prompt_ids) - 1 :].sum())
-    h = (totals[0] - pair.reference_chosen) - (totals[1] - pair.reference_rejected)
+    h = (totals[0] - pair.references[0]) - (totals[1] - pair.references[1])
     return torch.log1p(torch.exp(-beta * h))
 
 
-def pairs_of(plan: Plan, store: Store) -> list[TrainingPair]:
+def pairs_of(plan: Plan, store: Store) -> list[Example]:
     reference, _ = key_of(plan, store, "base")
     return training_pairs(
         read(store, "pairs"),
@@ -141,7 +139,7 @@ def pairs_of(plan: Plan, store: Store) -> list[TrainingPair]:
 def test_only_the_train_split_is_trained_on(write_plan: WritePlan) -> None:
     plan, store = prepared(write_plan())
     splits = dict(read(store, "pairs").select("pair_id", "split").iter_rows())
-    trained_on = {pair.pair_id for pair in pairs_of(plan, store)}
+    trained_on = {pair.example_id for pair in pairs_of(plan, store)}
     assert trained_on == {i for i, split in splits.items() if split == "train"}
     assert 0 < len(trained_on) < len(splits)
 
@@ -155,7 +153,7 @@ def test_the_same_policy_is_trained_once(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("pipeline.training.loop.load_model", fail)
+    monkeypatch.setattr("pipeline.training.run.model.load_model", fail)
     again = train(plan, store, "dpo")
     assert (again.policy_id, again.trained) == (first.policy_id, False)
     assert again.steps.equals(first.steps)
@@ -246,7 +244,8 @@ def test_a_start_that_is_not_what_the_tables_say_stops_at_step_1(
     plan, store = prepared(write_plan())
     other = Checkpoint(build_tiny_model(tmp_path / "other", seed=5))
     monkeypatch.setattr(
-        "pipeline.training.loop.load_model", lambda _, **numerics: load_model(other, **numerics)
+        "pipeline.training.run.model.load_model",
+        lambda _, **numerics: load_model(other, **numerics),
     )
     with pytest.raises(TrainingError, match=r"step 1: .* differ from the start model's"):
         train(plan, store, "dpo")
@@ -271,28 +270,41 @@ def test_an_infinite_loss_names_the_step(write_plan: WritePlan) -> None:
         train(plan, store, "dpo")
 
 
-def fake_pairs(n: int) -> list[TrainingPair]:
+def fake_pairs(n: int) -> list[Example]:
     completion = Completion("s", np.array([1], np.int32), ((0, 1),))
     prompt = np.array([1], np.int32)
-    return [TrainingPair(f"{i:032x}", prompt, completion, completion, 0.0, 0.0) for i in range(n)]
+    return [Example(f"{i:032x}", prompt, (completion, completion), (0.0, 0.0)) for i in range(n)]
 
 
 def test_a_schedule_visits_every_pair_once_an_epoch() -> None:
-    pairs = fake_pairs(10)
-    steps = schedule_of(pairs, TrainingConfig(batch_pairs=4, epochs=2))
+    ids = {f"{i:032x}": 10 for i in range(10)}
+    steps = step_ids(ids, TrainingConfig(batch_pairs=4, epochs=2))
     assert [len(batch) for batch in steps] == [4, 4, 2, 4, 4, 2]
-    epochs = [[p.pair_id for batch in half for p in batch] for half in (steps[:3], steps[3:])]
-    everyone = sorted(pair.pair_id for pair in pairs)
-    assert sorted(epochs[0]) == sorted(epochs[1]) == everyone
+    epochs = [[i for batch in half for i in batch] for half in (steps[:3], steps[3:])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(ids)
     assert epochs[0] != epochs[1], "another order every epoch"
-    shuffled = schedule_of(pairs[::-1], TrainingConfig(batch_pairs=4, epochs=2))
-    assert [[p.pair_id for p in b] for b in shuffled] == [[p.pair_id for p in b] for b in steps]
-    assert len(schedule_of(pairs, TrainingConfig(batch_pairs=4, epochs=2, max_steps=2))) == 2
-    assert len(schedule_of(pairs, TrainingConfig(batch_pairs=4, epochs=0.5))) == 2
+    turned = dict(reversed(ids.items()))
+    assert step_ids(turned, TrainingConfig(batch_pairs=4, epochs=2)) == steps
+    assert len(step_ids(ids, TrainingConfig(batch_pairs=4, epochs=2, max_steps=2))) == 2
+    assert len(step_ids(ids, TrainingConfig(batch_pairs=4, epochs=0.5))) == 2
+    assert len(step_ids(ids, TrainingConfig(batch_pairs=4, epochs=0.01))) == 1
+
+
+def test_a_step_can_be_counted_in_tokens() -> None:
+    ids = {f"{i:032x}": 10 * (i + 1) for i in range(10)}
+    steps = step_ids(ids, TrainingConfig(batch_tokens=120))
+    assert sorted(i for batch in steps for i in batch) == sorted(ids)
+    sizes = [sum(ids[i] for i in batch) for batch in steps]
+    assert all(size <= 120 for size in sizes)
+    following = [ids[batch[0]] for batch in steps[1:]]
+    assert all(size + more > 120 for size, more in zip(sizes, following, strict=False)), "full"
+    alone = step_ids(ids, TrainingConfig(batch_tokens=5))
+    assert all(len(batch) == 1 for batch in alone), "one that is larger is a step of its own"
 
 
 def test_the_values_digest_tells_values_and_order() -> None:
     pairs = fake_pairs(3)
     assert values_digest(pairs) != values_digest(pairs[::-1])
-    changed = [replace(pairs[0], reference_chosen=1e-12), *pairs[1:]]
+    changed = [replace(pairs[0], references=(1e-12, 0.0)), *pairs[1:]]
     assert values_digest(pairs) != values_digest(changed)
+    assert values_digest(pairs) != values_digest([replace(pairs[0], weight=2.0), *pairs[1:]])

@@ -12,7 +12,7 @@ rows on), a sequence has the same log-probs in every batch, to the bit.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,15 @@ def attending(layout: Layout) -> Iterator[None]:
         yield
     finally:
         _layout.reset(token)
+
+
+def recomputing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For torch's checkpointing: nothing at first, and this tree again on the way back.
+
+    A GPU's gradients are computed in a thread of their own, which knows of no tree.
+    """
+    layout = _layout.get(None)
+    return nullcontext(), nullcontext() if layout is None else attending(layout)
 
 
 def register() -> None:

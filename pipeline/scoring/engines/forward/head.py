@@ -1,6 +1,6 @@
 """Log-probs of chosen tokens from hidden states, the vocabulary a tile at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,12 @@ def target_logprobs(
     """
     import torch
 
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        # The way back is outside the block: what it multiplies must be of one dtype by itself.
+        dtype = torch.get_autocast_dtype(kind)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        hidden, head = hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias)
     n = len(targets)
     if missing := max(0, ROWS - n):
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))

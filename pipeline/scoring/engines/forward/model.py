@@ -5,6 +5,7 @@ token runs and plainly through transformers' own eager attention; if the two dif
 rounding does, or one of them fails, the model goes the plain way and the reason is kept.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,14 @@ class Forward:
         if not self.sharing.shared:
             name = type(self._inner).__name__
             _log.warning("%s does not share prompts: %s", name, self.sharing.reason)
+
+    def over(self, model: "PreTrainedModel") -> "Forward":
+        """The same way over a copy of the model, without finding it out anew."""
+        other = copy.copy(self)
+        other.model = model
+        other._inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        other._head = head_of(other._inner)
+        return other
 
     def logprobs(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
         """Log-probs of scored tokens by group and completion, differentiable: float32 [n], nats.

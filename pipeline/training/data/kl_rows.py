@@ -16,11 +16,14 @@ from pipeline.errors import TrainingError
 from pipeline.ids import content_id, unit_interval
 from pipeline.plan import TrainingConfig
 from pipeline.tokenization import sequence_id
-from pipeline.training.batches import step_ids
+from pipeline.training.data.schedule import step_ids
 from schemas import KlSequence, Sequence, polars_schema
 
 _Row = tuple[str, str]
 """(pair id, side)."""
+
+_LENGTH = pl.col("n_prompt") + pl.col("completion_ids").list.len()
+"""A sequence's tokens."""
 
 
 def kl_rows(
@@ -64,7 +67,12 @@ def kl_rows(
         prompts = dict(wanted.select("pair_id", "prompt_id").iter_rows())
         partners = [(None, row, other) for row, other in _ring(list(own), prompts).items()]
     else:
-        steps = step_ids(wanted["pair_id"].to_list(), training)
+        lengths = dict(sequences.select("sequence_id", _LENGTH).iter_rows())
+        n_tokens = {
+            row["pair_id"]: lengths[row["chosen_id"]] + lengths[row["rejected_id"]]
+            for row in wanted.iter_rows(named=True)
+        }
+        steps = step_ids(n_tokens, training)
         partners = [
             (step, row, other)
             for step, batch in enumerate(steps, start=1)

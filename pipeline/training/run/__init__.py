@@ -1,0 +1,1 @@
+"""Training itself: the model, the step, the loop and its checkpoints."""

@@ -1,0 +1,180 @@
+"""Where training stands, on disk, so that it can go on after a kill.
+
+A checkpoint is a directory that appears whole: what is trained and the optimiser's state as
+safetensors, the rest as JSON with the digests of the files. Nothing is pickled. One that is damaged
+is passed over for the one before it.
+"""
+
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import TrainingError
+from pipeline.failpoints import reach
+from pipeline.models import publish_directory
+from pipeline.store import file_digest
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Standing:
+    """How far training has come.
+
+    Attributes:
+        step: optimiser steps taken.
+        examples: examples seen.
+        tokens: tokens seen, prompts with every reply.
+        rows: of `schemas.TrainingStep`, without `policy_id`.
+        evaluations: of `schemas.TrainingEvaluation`, without `policy_id`.
+        statistics: what the loss knew of the last step.
+        first_step: the gate's record.
+        best: the best evaluation's step and metric; None before there is one.
+        waited: evaluations since then.
+        scale: the loss scale's state (float16).
+    """
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    first_step: dict[str, Any] | None = None
+    best: tuple[int, float] | None = None
+    waited: int = 0
+    scale: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path,
+    standing: Standing,
+    parameters: "Mapping[str, torch.nn.Parameter]",
+    optimiser: "torch.optim.Optimizer",
+    keep: int,
+) -> None:
+    """Write `folder/step-<n>`, and drop all but the last `keep` and the best one.
+
+    Raises:
+        TrainingError: it cannot be written; names the step, and the last one is intact.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    final = folder / _name(standing.step)
+    if final.exists():
+        return
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        reach("checkpoint.begun")
+        save_file(
+            {name: p.detach().contiguous() for name, p in parameters.items()},
+            temporary / "trained.safetensors",
+        )
+        moments = {
+            f"{key}:{name}": value.detach().contiguous()
+            for name, p in parameters.items()
+            for key, value in optimiser.state[p].items()
+        }
+        save_file(moments, temporary / "optimiser.safetensors")
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        save_file(random, temporary / "random.safetensors")
+        reach("checkpoint.written")
+        state = {
+            "standing": vars(standing),
+            "files": {file.name: file_digest(file) for file in temporary.glob("*.safetensors")},
+        }
+        (temporary / "state.json").write_text(json.dumps(state))
+        publish_directory(temporary, final)
+        reach("checkpoint.published")
+    except OSError as error:
+        raise TrainingError(f"step {standing.step}: no checkpoint in {folder}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    best = None if standing.best is None else standing.best[0]
+    for step, directory in _all(folder)[:-keep]:
+        if step != best:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: Path,
+    parameters: "Mapping[str, torch.nn.Parameter]",
+    optimiser: "torch.optim.Optimizer",
+) -> Standing | None:
+    """Put everything back to the newest intact checkpoint; None if there is none."""
+    import torch
+    from safetensors.torch import load_file
+
+    for step, directory in reversed(_all(folder)):
+        standing = _intact(directory)
+        if standing is None:
+            _log.warning("%s is damaged; training goes on from the checkpoint before", directory)
+            continue
+        load_weights(folder, step, parameters)
+        moments = load_file(directory / "optimiser.safetensors")
+        for key, value in moments.items():
+            which, _, name = key.partition(":")
+            parameter = parameters[name]
+            # AdamW counts its steps on the CPU, unless it is fused.
+            on = value if which == "step" and not _fused(optimiser) else value.to(parameter.device)
+            optimiser.state[parameter][which] = on
+        random = load_file(directory / "random.safetensors")
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
+        return standing
+    return None
+
+
+def load_weights(folder: Path, step: int, parameters: "Mapping[str, torch.nn.Parameter]") -> None:
+    """Put what is trained back to what it was after a step.
+
+    Raises:
+        TrainingError: that checkpoint is not there.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(folder / _name(step) / "trained.safetensors")
+    except OSError as error:
+        raise TrainingError(f"step {step}: its checkpoint cannot be read: {error}") from error
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08}"
+
+
+def _all(folder: Path) -> list[tuple[int, Path]]:
+    return sorted((int(path.name.removeprefix("step-")), path) for path in folder.glob("step-*"))
+
+
+def _intact(directory: Path) -> Standing | None:
+    try:
+        state = json.loads((directory / "state.json").read_text())
+        digests = {name: file_digest(directory / name) for name in state["files"]}
+        standing = Standing(**state["standing"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if standing.best is not None:
+        standing.best = tuple(standing.best)
+    return standing if digests == state["files"] else None
+
+
+def _fused(optimiser: "torch.optim.Optimizer") -> bool:
+    return bool(optimiser.defaults.get("fused"))

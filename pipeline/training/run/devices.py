@@ -1,0 +1,139 @@
+"""The devices training runs on, by accelerate: one, or one for each process of torchrun.
+
+Every process holds the whole model and computes every n-th example of a step; gradients are added
+before the update, so that all make the same one.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.errors import TrainingError
+from pipeline.plan import TrainingConfig
+from pipeline.scoring.engines.torch_engine import torch_device
+
+if TYPE_CHECKING:
+    import torch
+
+_T = TypeVar("_T")
+_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class Devices:
+    """This process's device, and what it says to the others.
+
+    Args:
+        config: `log_to`.
+        dtype: what matrices are multiplied in on a GPU; a CPU has float32.
+        name: what an experiment tracker calls the run.
+    """
+
+    def __init__(self, config: TrainingConfig, dtype: str = "float32", name: str = "") -> None:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+
+        device = torch_device()
+        self.on_cpu = device.type == "cpu"
+        precision = "no" if self.on_cpu else _PRECISION[dtype]
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+            AcceleratorState._reset_state()  # another policy's, in this process
+        try:
+            self._accelerator = Accelerator(
+                cpu=self.on_cpu, mixed_precision=precision, log_with=list(config.log_to) or None
+            )
+        except (ValueError, ImportError) as error:
+            raise TrainingError(f"training.log_to: {error}") from error
+        self.device: torch.device = self._accelerator.device
+        self._logs = bool(config.log_to)
+        if self._logs:
+            self._accelerator.init_trackers("logratio", init_kwargs={"wandb": {"name": name}})
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self._accelerator.is_main_process)
+
+    @property
+    def n_processes(self) -> int:
+        """How many there are."""
+        return int(self._accelerator.num_processes)
+
+    def mine(self, n: int) -> range:
+        """Which of n examples this process computes."""
+        return range(self._accelerator.process_index, n, self.n_processes)
+
+    def gather(self, of_this: list[_T]) -> list[_T]:
+        """Every process's items, in the order of processes."""
+        if self.n_processes == 1:
+            return of_this
+        import torch
+
+        # accelerate's gather_object wants as many items of each.
+        gathered: list[list[_T]] = [[] for _ in range(self.n_processes)]
+        torch.distributed.all_gather_object(gathered, of_this)
+        return [item for of_one in gathered for item in of_one]
+
+    def in_order(self, gathered: Sequence[_T], n: int) -> list[_T]:
+        """What `gather` gave, in the examples' order."""
+        order = [i for first in range(self.n_processes) for i in range(first, n, self.n_processes)]
+        by_example = dict(zip(order, gathered, strict=True))
+        return [by_example[i] for i in range(n)]
+
+    def sum_gradients(self, parameters: "Iterable[torch.nn.Parameter]") -> None:
+        """Add up all processes' gradients; those without any take part with zeros."""
+        if self.n_processes == 1:
+            return
+        import torch
+
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Half precision inside the block, where it was asked for."""
+        context: AbstractContextManager[Any] = self._accelerator.autocast()
+        return context
+
+    def prepare(self, optimiser: "torch.optim.Optimizer") -> Any:
+        """The optimiser with float16's loss scale."""
+        return self._accelerator.prepare_optimizer(optimiser)
+
+    @property
+    def skips_overflow(self) -> bool:
+        """Whether an infinite gradient lowers the loss scale and is skipped (float16)."""
+        return self._accelerator.scaler is not None
+
+    def scale(self, loss: "torch.Tensor") -> "torch.Tensor":
+        """The loss times the loss scale (float16)."""
+        scaler = self._accelerator.scaler
+        return loss if scaler is None else scaler.scale(loss)
+
+    def clip(self, parameters: "list[torch.nn.Parameter]", most: float) -> float:
+        """Bound the gradients' norm; returns what it was. Undoes the loss scale."""
+        return float(self._accelerator.clip_grad_norm_(parameters, most))
+
+    def scale_state(self) -> dict[str, Any]:
+        """The loss scale's state, as JSON has it."""
+        scaler = self._accelerator.scaler
+        return {} if scaler is None else scaler.state_dict()
+
+    def load_scale(self, state: dict[str, Any]) -> None:
+        """Put the loss scale back."""
+        if self._accelerator.scaler is not None and state:
+            self._accelerator.scaler.load_state_dict(state)
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """A step's numbers to the experiment trackers of `training.log_to`."""
+        if self._logs:
+            numbers = {k: v for k, v in row.items() if v is not None and k != "step"}
+            self._accelerator.log(numbers, step=step)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End what the trackers have open."""
+        if self._logs:
+            self._accelerator.end_training()

@@ -1,0 +1,259 @@
+"""One optimiser step's losses and gradients."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.errors import TrainingError
+from pipeline.losses import LossSpec
+from pipeline.plan import ObjectiveConfig
+from pipeline.scoring.engines.base import Group, sequence_sum
+from pipeline.scoring.engines.forward import Forward
+from pipeline.training.data.examples import Example
+from pipeline.training.run.numbers import Numbers, class_batch, losses_of, numbers_of
+from pipeline.training.run.replicas import Replicas, divide
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+Report = Callable[[int, int], None]
+"""Takes examples and tokens done."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An example's loss, and the whole step's loss by the log-probs of its replies."""
+
+    loss: float
+    slopes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step's examples came to, process by process, and what the loss knew of them all."""
+
+    seen: list[Numbers]
+    statistics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step as it is given to this process.
+
+    Attributes:
+        examples: of the whole step.
+        number: the step's; None for an evaluation.
+        mine: which examples this process computes.
+        before: the statistics of the step before, for a running mean; an evaluation's KL term.
+    """
+
+    examples: Sequence[Example]
+    number: int | None
+    mine: Sequence[int]
+    before: Mapping[str, float]
+
+
+def run_step(
+    replicas: Replicas,
+    work: Work,
+    objective: ObjectiveConfig,
+    most_tokens: int,
+    report: Report,
+    *,
+    gather: Callable[[list[Any]], list[Any]] = list,
+    scale: Callable[["torch.Tensor"], "torch.Tensor"] = lambda loss: loss,
+    train: bool = True,
+) -> StepResult:
+    """Losses of a step's examples, and (in training) their mean's gradient.
+
+    The loss of a step is the mean over its rows, each times its example's weight; a pair is two
+    rows, a label one. What depends on the whole step is found first, without a gradient, so that
+    nothing depends on how the step is cut.
+
+    Args:
+        replicas: the model.
+        work: the step.
+        objective: the loss and its values.
+        most_tokens: about how many go through a copy of the model at once.
+        report: told of every part.
+        gather: this process's numbers to those of all, in the order of processes.
+        scale: what the loss is multiplied by before its gradient is taken (float16).
+        train: whether gradients are wanted.
+
+    Raises:
+        TrainingError: the loss needs mismatched replies and the step has none.
+    """
+    import torch
+
+    spec, values = objective.spec, objective.values
+    mine = [work.examples[i] for i in work.mine]
+    shares = [shares_of(work.examples)[i] for i in work.mine]
+    step = _Step(replicas, mine, most_tokens, report, gather)
+    statistics: dict[str, float] = {}
+    if spec.needs_kl and train:
+        statistics["kl"] = _kl(step, work.number, spec)
+    elif spec.needs_kl:
+        statistics["kl"] = work.before["kl"]
+    rows: list[Row] = []
+    if spec.needs_batch:
+        known, found = _look_ahead(step, work, objective)
+        statistics |= known
+        rows = [found[i] for i in work.mine]
+
+    def compute(forward: Forward, part: list[int]) -> list[Numbers]:
+        examples = [mine[i] for i in part]
+        sides = _logprobs(replicas, forward, [example.group for example in examples])
+        if rows:
+            losses = [rows[i].loss for i in part]
+            # Its gradient is the slopes'; its value means nothing.
+            slopes = [slope for i in part for slope in rows[i].slopes]
+            flat = torch.stack([side for sides_of in sides for side in sides_of])
+            share = (flat * flat.new_tensor(slopes)).sum()
+        else:
+            terms = losses_of(spec, values, statistics, examples, sides)
+            losses = [term.item() for term in terms]
+            share = (torch.stack(terms) * terms[0].new_tensor([shares[i] for i in part])).sum()
+        if train:
+            torch.autograd.backward(scale(share))
+        report(len(part), sum(example.n_tokens for example in examples))
+        return [
+            numbers_of(objective, example, loss, [side.detach() for side in sides_of])
+            for example, loss, sides_of in zip(examples, losses, sides, strict=True)
+        ]
+
+    with torch.set_grad_enabled(train):
+        done = step.parted(compute)
+    if train:
+        replicas.gather_gradients()
+    return StepResult(gather(done), statistics)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What every pass over a step's examples needs."""
+
+    replicas: Replicas
+    mine: Sequence[Example]
+    most_tokens: int
+    report: Report
+    gather: Callable[[list[Any]], list[Any]]
+
+    def parted(
+        self, compute: Callable[[Forward, list[int]], list[T]], groups: Sequence[Group] = ()
+    ) -> list[T]:
+        """`compute` on parts of the examples (or of other groups); results in their order."""
+        groups = groups or [example.group for example in self.mine]
+        if self.replicas.packs_examples:
+            costs = [_unique_tokens(group) for group in groups]
+            parts = divide(costs, self.most_tokens, len(self.replicas.forwards))
+        else:
+            parts = [[i] for i in range(len(groups))]
+        found: dict[int, T] = {}
+        for part, results in zip(parts, self.replicas.each(compute, parts), strict=True):
+            found |= dict(zip(part, results, strict=True))
+        return [found[i] for i in range(len(groups))]
+
+    def without_gradient(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Log-probs of the groups' sequences, nats."""
+        import torch
+
+        def compute(forward: Forward, part: list[int]) -> list[list[float]]:
+            members = [groups[i] for i in part]
+            found = _logprobs(self.replicas, forward, members)
+            self.report(0, sum(group.n_tokens for group in members))
+            return [[row.item() for row in rows] for rows in found]
+
+        with torch.no_grad():
+            return self.parted(compute, groups) if groups else []
+
+
+def _kl(step: _Step, number: int | None, spec: LossSpec) -> float:
+    """The mean log-ratio of the step's mismatched replies, nats, at least 0.
+
+    arXiv 2402.01306, section 4.1.
+    """
+    replies = [example.mismatched_in(number) for example in step.mine]
+    groups = [
+        Group(example.prompt_ids, tuple(reply.completion for reply in of_example))
+        for example, of_example in zip(step.mine, replies, strict=True)
+        if of_example
+    ]
+    references = [reply.reference for of_example in replies for reply in of_example]
+    logprobs = [logprob for rows in step.without_gradient(groups) for logprob in rows]
+    ratios = step.gather([p - q for p, q in zip(logprobs, references, strict=True)])
+    if not ratios:
+        raise TrainingError(f"step {number}: {spec.name} needs mismatched replies, and has none")
+    # In this order, so that NaN stays NaN and is refused.
+    return max(math.fsum(ratios) / len(ratios), 0.0)
+
+
+def _look_ahead(
+    step: _Step, work: Work, objective: ObjectiveConfig
+) -> tuple[Mapping[str, float], list[Row]]:
+    """What the loss knows of the whole step, and every example's loss and slopes in it.
+
+    Of log-probs without a gradient; the pass that follows hands the slopes on to the weights.
+    """
+    import torch
+
+    spec, values = objective.spec, objective.values
+    found = step.without_gradient([example.group for example in step.mine])
+    everyones = dict(step.gather(list(zip(work.mine, found, strict=True))))
+    sides = [
+        [torch.tensor(value, dtype=torch.float64) for value in everyones[i]]
+        for i in range(len(work.examples))
+    ]
+    known: Mapping[str, float] = {}
+    if spec.statistic is not None:
+        known = spec.statistic(class_batch(work.examples, sides), values, work.before)
+    leaves = [side.requires_grad_() for sides_of in sides for side in sides_of]
+    with torch.enable_grad():
+        losses = losses_of(spec, values, known, work.examples, sides)
+        whole = (torch.stack(losses) * torch.tensor(shares_of(work.examples)).double()).sum()
+    slopes = iter(torch.autograd.grad(whole, leaves, allow_unused=True, materialize_grads=True))
+    return known, [
+        Row(loss.item(), tuple(next(slopes).item() for _ in sides_of))
+        for loss, sides_of in zip(losses, sides, strict=True)
+    ]
+
+
+def shares_of(examples: Sequence[Example]) -> list[float]:
+    """What of a step's loss an example's is: by weight and rows, a pair being two. Sums to 1."""
+    weights = [example.weight * len(example.replies) for example in examples]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _unique_tokens(group: Group) -> int:
+    return len(group.prompt_ids) + sum(len(reply.ids) for reply in group.completions)
+
+
+def _logprobs(
+    replicas: Replicas, forward: Forward, groups: Sequence[Group]
+) -> "list[list[torch.Tensor]]":
+    """Sequence log-probs by group and completion, float64 scalars of exactly the ledger's values.
+
+    Where it matters to the bits what goes through the model together, that is what the engine puts
+    together: the same shapes give the same bits at step 0.
+    """
+    if replicas.packs_examples:
+        return [[_total(row) for row in rows] for rows in forward.logprobs(groups)]
+    found = []
+    for group in groups:
+        one_pass = len({c.pass_id or c.sequence_id for c in group.completions}) == 1
+        passes = [group.completions] if one_pass else [(c,) for c in group.completions]
+        rows = [
+            row
+            for members in passes
+            for row in forward.logprobs([Group(group.prompt_ids, members)])[0]
+        ]
+        found.append([_total(row) for row in rows])
+    return found
+
+
+def _total(row: "torch.Tensor") -> "torch.Tensor":
+    total = row.double().sum()
+    exact = sequence_sum(row.detach().cpu().numpy())
+    return total + (exact - total.detach())  # torch adds in another order
