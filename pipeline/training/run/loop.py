@@ -93,7 +93,7 @@ def train(job: Job, devices: Devices) -> Trained:
     model = trainable_model(job.start, job.numerics, config, devices.device)
     with ExitStack() as stack:
         replicas = stack.enter_context(Replicas(model, config.threads))
-        run = _Run(job, devices, replicas, len(schedule))
+        run = Run(job, devices, replicas, len(schedule))
         standing = run.resumed()
         examples = sum(len(batch) for batch in schedule)
         bar = stack.enter_context(progress(f"train {job.name}", examples, "examples"))
@@ -112,7 +112,7 @@ def train(job: Job, devices: Devices) -> Trained:
     return run.trained()
 
 
-class _Run:
+class Run:
     """A model being trained, with its optimiser and how far it is."""
 
     def __init__(self, job: Job, devices: Devices, replicas: Replicas, n_steps: int) -> None:
