@@ -2,11 +2,11 @@
 
     python -m benchmarks.training --output training.json [--hh FILE]
 
-The pairs are the first usable ones of the file, in its order, 4 to an optimiser step; references are
-given to both. TRL runs at its best setting (a pair at a time with accumulation, what it computes for
-its metrics alone left out) and at 4 pairs at once. Every run is a process of its own, so that what
-it keeps resident is its own; its first step, on the shortest pairs, is not counted. Ratios are of
-runs in one turn.
+The pairs are the first usable ones of the file, in its order, 4 to an optimiser step; references
+are given to both. TRL runs at its best setting (a pair at a time with accumulation, what it
+computes for its metrics alone left out) and at 4 pairs at once. Every run is a process of its own,
+so that what it keeps resident is its own; its first step, on the shortest pairs, is not counted.
+Ratios are of runs in one turn.
 
 Nothing else should run meanwhile.
 """
@@ -193,10 +193,9 @@ def _unique(example: Example) -> int:
 
 def _keep(runs: dict[str, list[Ran]], turn: int, name: str, ran: Ran) -> None:
     runs.setdefault(name, []).append(ran)
-    shown = " ".join(f"{loss:.6f}" for loss in ran.losses)
-    sys.stderr.write(
-        f"turn {turn + 1}: {name}: {sum(ran.seconds):.1f} s, {ran.peak_mib:.0f} MiB, losses {shown}\n"
-    )
+    said = f"{sum(ran.seconds):.1f} s, {ran.peak_mib:.0f} MiB"
+    losses = " ".join(f"{loss:.6f}" for loss in ran.losses)
+    sys.stderr.write(f"turn {turn + 1}: {name}: {said}, losses {losses}\n")
 
 
 def _ratios(runs: dict[str, list[Ran]]) -> dict[str, dict[str, float]]:
