@@ -19,6 +19,7 @@ from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import ReportConfig
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
+from schemas import TrainingEvaluation, polars_schema
 
 _TAKEN = ("dagster", "ledger", "models", "policies")
 """What stands in the store beside the plans' own folders (`pipeline.store.Store`)."""
@@ -227,6 +228,14 @@ class TrainingConfig(_Section):
     log_to: list[Literal["tensorboard", "wandb"]] = Field(
         default=[], description="Experiment trackers, which must be installed."
     )
+
+    @field_validator("best_metric")
+    @classmethod
+    def _metric_is_one(cls, name: str) -> str:
+        metrics = [column for column in polars_schema(TrainingEvaluation) if "eval_" in column]
+        if name not in metrics:
+            raise ValueError(f"'{name}' is not one of {', '.join(metrics)}")
+        return name
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Training an objective of a plan: what its loss needs is gathered from the tables, or scored."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import polars as pl
@@ -14,8 +15,24 @@ from pipeline.scoring.run import score_sequences, scorer_key
 from pipeline.store import Store, read
 from pipeline.training.data.correction import Correction, correct_reference
 from pipeline.training.data.examples import Example, training_pairs
-from pipeline.training.policy import PolicyResult, policy_id, train_policy
+from pipeline.training.policy import (
+    PolicyResult,
+    load_policy,
+    policy_id,
+    refuse_adapter,
+    train_policy,
+)
+from pipeline.training.ranks.start import train_in_processes
 from pipeline.training.run.loop import Job
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A policy's id, what it is trained with, and what was done to its reference."""
+
+    policy_id: str
+    job: Job
+    correction: Correction | None
 
 
 def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
@@ -23,7 +40,22 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
 
     Raises:
         TrainingError: the reference was scored in other numerics than the trainer's and the plan
-            does not let it be corrected; or see `train_policy`.
+            does not let it be corrected; or see `train_policy` and `train_in_processes`.
+    """
+    prepared = job_of(plan, store, name)
+    final = store.policies / prepared.policy_id
+    if plan.training.processes > 1 and not final.exists():
+        refuse_adapter(prepared.job)
+        train_in_processes(plan, name, prepared.policy_id, prepared.job.checkpoints)
+        return load_policy(final, trained=True)
+    return train_policy(store, prepared.policy_id, prepared.job, prepared.correction)
+
+
+def job_of(plan: Plan, store: Store, name: str) -> Prepared:
+    """What an objective is trained with, read from the tables.
+
+    Raises:
+        TrainingError: as `train_objective`.
     """
     objective = plan.objectives[name]
     # The trainer is torch, whatever engine scores the start.
@@ -69,7 +101,7 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
         tolerance,
         store.policies / ".checkpoints" / identifier,
     )
-    return train_policy(store, identifier, job, correction)
+    return Prepared(identifier, job, correction)
 
 
 def _held_out(pairs: pl.DataFrame, ways: pl.DataFrame, most: int | None) -> pl.DataFrame:
