@@ -1,6 +1,7 @@
 """Evaluations on held-out pairs, the best one's weights, and stopping when it gets no better."""
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,44 @@ from pipeline.training.policy import PolicyResult
 from schemas import TrainingEvaluation, polars_schema
 
 BETA = 0.1
-CONSTANT = {**STEPS, "warmup_share": 0.0, "schedule": "constant", "evaluate_every": 3}
+CONSTANT = {
+    **STEPS,
+    "warmup_share": 0.0,
+    "schedule": "constant",
+    "evaluate_every": 3,
+    "learning_rate": 2e-3,
+}
 """A run of three steps is the beginning of a longer one."""
-OVERFIT = {**CONSTANT, "epochs": 8, "learning_rate": 3e-2, "evaluate_every": 2}
-"""Held-out pairs are ranked worse and worse after some steps."""
+OVERFIT = {
+    **CONSTANT,
+    "batch_pairs": 6,
+    "epochs": 7,
+    "learning_rate": 2e-3,
+    "evaluate_every": 2,
+}
+"""With `noisy`: held-out pairs are ranked better at first, and then worse."""
+
+
+@pytest.fixture
+def noisy(write_pairs: Any) -> dict[str, Any]:
+    """`sources` of pairs of which some say the contrary of the others."""
+    generator = random.Random(4)
+    rows = []
+    for i in range(24):
+        sides = [f"the answer is {i}", f"it depends on what was asked {i}"]
+        if generator.random() < 0.15:
+            sides.reverse()
+        prompt, chosen, rejected = (
+            [{"role": role, "content": text}]
+            for role, text in zip(
+                ("user", "assistant", "assistant"),
+                (f"what is {i}, and what is {i}?", *sides),
+                strict=True,
+            )
+        )
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    path = write_pairs(rows=rows, name="noisy.jsonl")
+    return {"pairs": {"path": str(path), "shape": "conversational"}}
 
 
 def recomputed(plan: Plan, store: Store) -> dict[str, float]:
@@ -98,9 +133,12 @@ def eval_losses(result: PolicyResult) -> list[float]:
     return [float(loss) for loss in result.evaluations["eval_loss"]]
 
 
-def test_the_best_evaluations_weights_are_kept(write_plan: Any, tmp_path: Path) -> None:
+def test_the_best_evaluations_weights_are_kept(
+    write_plan: Any, tmp_path: Path, noisy: dict[str, Any]
+) -> None:
     """Seen from outside: the saved policy, scored, has that evaluation's loss."""
-    desk = Desk(write_plan, tmp_path, training={**OVERFIT, "keep_checkpoints": 1})
+    training = {**OVERFIT, "keep_checkpoints": 1}
+    desk = Desk(write_plan, tmp_path, training=training, sources=noisy)
     plan, store = desk.copy("training.keep_best=true")
     result = train(plan, store, "dpo")
     losses = eval_losses(result)
@@ -126,8 +164,10 @@ def test_the_best_evaluations_weights_are_kept(write_plan: Any, tmp_path: Path) 
     assert not all(weights[0][name].equal(weights[2][name]) for name in weights[0])
 
 
-def test_another_metric_may_be_the_best(write_plan: Any, tmp_path: Path) -> None:
-    desk = Desk(write_plan, tmp_path, training={**OVERFIT, "keep_best": True})
+def test_another_metric_may_be_the_best(
+    write_plan: Any, tmp_path: Path, noisy: dict[str, Any]
+) -> None:
+    desk = Desk(write_plan, tmp_path, training={**OVERFIT, "keep_best": True}, sources=noisy)
     result = desk.trained("training.best_metric=eval_logps/chosen")
     found = result.evaluations["eval_logps/chosen"].to_list()
     assert result.kept == result.evaluations["step"][found.index(max(found))], "more is better"
@@ -135,9 +175,9 @@ def test_another_metric_may_be_the_best(write_plan: Any, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("patience", [1, 2])
 def test_training_stops_when_it_gets_no_better(
-    write_plan: Any, tmp_path: Path, patience: int
+    write_plan: Any, tmp_path: Path, noisy: dict[str, Any], patience: int
 ) -> None:
-    desk = Desk(write_plan, tmp_path, training=OVERFIT)
+    desk = Desk(write_plan, tmp_path, training=OVERFIT, sources=noisy)
     whole = desk.trained()
     result = desk.trained(f"training.patience={patience}")
     losses = eval_losses(whole)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import build_tiny_model, measured, prepared
+from support import build_tiny_model, measured, prepared, tokenized
 from training.run.runs import FULL, LORA, STEPS, Desk, checkpoints, left_over, require_same
 
 from pipeline import failpoints
-from pipeline.errors import TrainingError
+from pipeline.errors import ScoringError, TrainingError
 from pipeline.plan import load_plan
-from pipeline.stages import train
+from pipeline.stages import score, train
 from pipeline.training.run import loop
 from pipeline.training.run.step import StepResult
 
@@ -199,11 +199,14 @@ def test_another_vocabulary(write_plan: Any, tiny_model: Path, tmp_path: Path) -
     models = {"base": {"checkpoint": str(tiny_model)}, "small": {"checkpoint": str(small)}}
     objectives = {"dpo": {"loss": "dpo", "beta": 0.1, "reference": "base", "start": "small"}}
     path = write_plan(models=models, objectives=objectives)
-    plan, store = prepared(path)
+    plan, store = tokenized(path)
+    score(plan, store, "base")
     said = r"^before step 1: token id \d+ is outside the vocabulary of 280 of .*small"
     with pytest.raises(TrainingError, match=said):
         train(plan, store, "dpo")
-    # A reference without them has no value to train against.
+    # Nor does such a model get as far as being a reference.
+    with pytest.raises(ScoringError, match="outside the vocabulary of 280"):
+        score(plan, store, "small")
     turned = load_plan(path, ["objectives.dpo.reference=small", "objectives.dpo.start=base"])
     with pytest.raises(TrainingError, match="the reference has no log-prob of"):
         train(turned, store, "dpo")

@@ -1,5 +1,6 @@
 """Two processes, by torchrun, on a CPU: what one would have trained, and how they fail."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import PROJECT, measured
-from training.run.runs import Desk, checkpoints, left_over, require_same, weights_of
+from training.run.runs import Desk, checkpoints, left_over, weights_of
 
 from pipeline import errors
 from pipeline.errors import ModelError, TrainingError
@@ -75,7 +76,9 @@ def by(module: str, monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) ->
     monkeypatch.setattr(objective, "train_in_processes", started)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kto", "aot"))]
+)
 def test_two_processes_train_what_one_does(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -122,15 +125,17 @@ loop.Run.step = step
             "os.kill(os.getpid(), signal.SIGKILL)",
             "process 1 of 2 was ended by SIGKILL, after the checkpoint of step 2",
         ),
-        (
+        pytest.param(
             0,
             "os.kill(os.getpid(), signal.SIGKILL)",
             "process 0 of 2 was ended by SIGKILL, after the checkpoint of step 2",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             0,
             "raise ValueError('what is this?')",
             "process 0 of 2, after the checkpoint of step 2: ValueError: what is this?",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["typed", "killed", "first-killed", "untyped"],
@@ -152,10 +157,14 @@ def test_one_process_fails(
     assert str(caught.value) == said
     assert "Traceback" not in capfd.readouterr().err
     assert checkpoints(store)[-1].name == "step-00000002"
-    require_same(train(plan, store, "dpo"), desk.trained(TWO))
+    # One process can go on with what two began.
+    one = plan.training.model_copy(update={"processes": 1})
+    resumed = train(plan.model_copy(update={"training": one}), store, "dpo")
+    assert relative(desk, desk.trained(), resumed) <= 2e-3
     assert left_over(store) == []
 
 
+@pytest.mark.slow
 def test_what_is_wrong_before_the_first_step(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +201,7 @@ def running(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_processes_end_with_the_one_that_asked(desk: Desk, tmp_path: Path) -> None:
     _, store = desk.copy()
     folder = tmp_path / "here"
@@ -252,9 +262,12 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plan_travels_as_json() -> None:
     for path in sorted((PROJECT / "plans").rglob("*.yaml")):
         plan = load_plan(path)
-        assert Plan.model_validate(plan.model_dump(mode="json")) == plan, path
+        said = plan.model_dump(mode="json")
+        again = Plan.model_validate(json.loads(json.dumps(said)))
+        assert again.model_dump(mode="json") == said, path
 
 
+@pytest.mark.slow
 def test_two_runs_of_two_processes_are_bit_equal(desk: Desk) -> None:
     plan, store = desk.copy(TWO)
     one, two = train(plan, store, "dpo"), desk.trained(TWO)
