@@ -83,22 +83,23 @@ from pathlib import Path
 from pipeline import stages
 from pipeline.names import store_of
 from pipeline.plan import load_plan
-from pipeline.training import policy
+from pipeline.training.run import loop
 
-plan, delay, train = load_plan(Path(sys.argv[1]), sys.argv[3:]), float(sys.argv[2]), policy.train
+plan, delay, step = load_plan(Path(sys.argv[1]), sys.argv[3:]), float(sys.argv[2]), loop.Run.step
+clock = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
 
-def train_until_killed(*arguments):
-    if delay > 0:
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    return train(*arguments)
+def step_until_killed(*arguments):
+    if delay and not clock.is_alive():
+        clock.start()
+    return step(*arguments)
 
-policy.train = train_until_killed
+loop.Run.step = step_until_killed
 stages.train(plan, store_of(plan), "dpo")
 """
 
 
 def begin(path: Path, store: Store, delay: float = 0, fail: str = "") -> "subprocess.Popen[str]":
-    """Train in a process of its own, killed so many seconds after training began, or at a point."""
+    """Train in a process of its own, killed so long after its first step began, or at a point."""
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "LOGRATIO_FAIL": fail}
     return subprocess.Popen(
         [sys.executable, "-c", _KILLED, str(path), str(delay), f"store={store.root}"],
