@@ -35,7 +35,7 @@ def write_ended(folder: Path, codes: dict[int, int]) -> None:
 
 
 def cause_of(folder: Path, n: int, where: str) -> LogratioError:
-    """Why n ranks failed: an error of ours, else a signal, else what was raised first.
+    """Why n ranks failed: an error of ours, else one's end without a word, else the first error.
 
     An error of ours is as it was raised; all else is a `TrainingError` that names the process and
     `where` training stood, with its traceback or last words as a note.
@@ -50,17 +50,14 @@ def cause_of(folder: Path, n: int, where: str) -> LogratioError:
             return kind(one["message"])
     codes = json.loads((folder / _ENDED).read_text()) if (folder / _ENDED).exists() else {}
     for rank, code in sorted((int(rank), code) for rank, code in codes.items()):
-        if code < 0 and -code != signal.SIGTERM:  # torchrun ends the others with that
-            last = _last_words(folder, rank)
-            return _error(f"process {rank} of {n} was ended by {_signal(-code)}, {where}", last)
+        if rank in said or code == -signal.SIGTERM:  # torchrun ends the others with that
+            continue
+        how = f"was ended by {_signal(-code)}" if code < 0 else f"ended with status {code}"
+        return _error(f"process {rank} of {n} {how}, {where}", _last_words(folder, rank))
     if said:
         rank, one = min(said.items(), key=lambda item: float(item[1]["at"]))
-        return _error(
-            f"process {rank} of {n}, {where}: {one['kind']}: {one['message']}", one["trace"]
-        )
-    for rank, code in sorted((int(rank), code) for rank, code in codes.items()):
-        last = _last_words(folder, rank)
-        return _error(f"process {rank} of {n} ended with status {code}, {where}", last)
+        message = f"process {rank} of {n}, {where}: {one['kind']}: {one['message']}"
+        return _error(message, one["trace"])
     return TrainingError(f"the {n} processes of training ended and none said why, {where}")
 
 

@@ -4,6 +4,7 @@ It is torchrun by its own functions rather than by its command, for the exit cod
 that was killed it only prints who it was.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def main(folder: str, n: str, module: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    logging.disable()  # of torchrun's words about errors: they are raised where it was started
     arguments = ["--standalone", "--nproc-per-node", n, "--local-addr", "127.0.0.1"]
     arguments += ["--log-dir", str(Path(folder) / "logs")]
     # What the others print would be said twice.

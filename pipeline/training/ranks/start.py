@@ -90,7 +90,6 @@ def _environment(n: int) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "LOGLEVEL": "CRITICAL",  # torchrun's own words about errors, which are raised here
     }
     if sys.platform == "linux":
         changed |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}

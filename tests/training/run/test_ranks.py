@@ -155,7 +155,9 @@ def test_one_process_fails(
         with pytest.raises(TrainingError) as caught:
             train(plan, store, "dpo")
     assert str(caught.value) == said
-    assert "Traceback" not in capfd.readouterr().err
+    heard = capfd.readouterr().err
+    assert "Traceback" not in heard
+    assert "exitcode" not in heard
     assert checkpoints(store)[-1].name == "step-00000002"
     # One process can go on with what two began.
     one = plan.training.model_copy(update={"processes": 1})
@@ -236,6 +238,10 @@ def test_which_of_several_errors_is_the_cause(tmp_path: Path) -> None:
     write_error(tmp_path, 0, lost)
     write_error(tmp_path, 2, lost)
     assert str(cause_of(tmp_path, 3, "here")).startswith("process 0 of 3, here: RuntimeError: Conn")
+    write_ended(tmp_path, {0: 1, 2: -15})
+    assert str(cause_of(tmp_path, 3, "here")).startswith("process 0 of 3, here: RuntimeError: Conn")
+    write_ended(tmp_path, {0: 1, 1: 3})
+    assert str(cause_of(tmp_path, 3, "here")) == "process 1 of 3 ended with status 3, here"
     write_ended(tmp_path, {0: 1, 1: -11, 2: -15})
     found = cause_of(tmp_path, 3, "here")
     assert (type(found), str(found)) == (
