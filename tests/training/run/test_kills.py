@@ -25,8 +25,10 @@ from training.run.runs import (
 )
 
 from pipeline.failpoints import POINTS
+from pipeline.plan import Plan
 from pipeline.stages import train
 from pipeline.store import Store
+from pipeline.training.policy import PolicyResult
 from pipeline.training.run import checkpoints as module
 from pipeline.training.run import loop
 
@@ -39,6 +41,21 @@ def stand_of(store: Store) -> int | None:
     return int(found[-1].name.removeprefix("step-")) if found else None
 
 
+def timed(plan: Plan, store: Store) -> tuple[PolicyResult, float]:
+    """Train, and the seconds it took from the first step on."""
+    began: list[float] = []
+    real = loop.Run.step
+
+    def step(*arguments: Any) -> float:
+        began.append(time.monotonic())
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.Run, "step", step)
+        result = train(plan, store, "dpo")
+    return result, time.monotonic() - began[0]
+
+
 def killed_at_random(write_plan: Any, tmp_path: Path, n: int, seed: int) -> None:
     generator = random.Random(seed)
     stands: list[int | None] = []
@@ -46,14 +63,7 @@ def killed_at_random(write_plan: Any, tmp_path: Path, n: int, seed: int) -> None
         root = tmp_path / kind
         desk = Desk(write_plan, root, training=training)
         plan, store = desk.copy()
-        began: list[float] = []
-        with pytest.MonkeyPatch.context() as patched:
-            real = loop.Run.step
-            patched.setattr(
-                loop.Run, "step", lambda *given: began.append(time.monotonic()) or real(*given)
-            )
-            undisturbed = train(plan, store, "dpo")
-        whole = time.monotonic() - began[0]
+        undisturbed, whole = timed(plan, store)
         assert undisturbed.steps.height >= 10
         for crash in range(i, n, len(KINDS)):
             plan, store = desk.copy()
