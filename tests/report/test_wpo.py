@@ -1,5 +1,6 @@
 """WPO from the engine's extras to `rewards` and the landscape, beside float64 by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.names import key_of
 from pipeline.plan import Plan, load_plan, write_audit_plan
 from pipeline.rewards import MissingLogProbsError, MixedScorersError, TokenCountsDifferError
 from pipeline.scoring import run as scoring_run
+from pipeline.scoring.engines import numerics_of
 from pipeline.scoring.ledger import read_extras, read_logprobs, scorer_directories
 from pipeline.stages import compute_landscape, compute_rewards, score, scored_rows
 from pipeline.store import Store, read
@@ -158,11 +160,8 @@ def test_a_plan_that_would_need_them_of_vllm_is_refused(
         load_plan(audit, ["scoring.token_extras=[is_top1]"])
     # `auto` may be vLLM on the machine that scores.
     plan, store = prepared(audit, EXTRAS)
-    numerics_of = scoring_run.numerics_of
     monkeypatch.setattr(
-        scoring_run,
-        "numerics_of",
-        lambda *of: numerics_of(*of).__class__(**{**vars(numerics_of(*of)), "engine": "vllm"}),
+        scoring_run, "numerics_of", lambda *of: replace(numerics_of(*of), engine="vllm")
     )
     with pytest.raises(ScoringError, match="'theirs' is scored by vLLM"):
         score(plan, store, "theirs")

@@ -127,7 +127,8 @@ def test_extras_change_no_bit_of_log_probs_and_gradients(how: dict[str, Any], gr
         results.append([scores.logprobs.detach(), *(leaf.grad for leaf in leaves)])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            assert (a is None and b is None) or torch.equal(a, b)
+            assert (a is None) == (b is None)
+            assert a is None or b is None or torch.equal(a, b)
 
 
 def test_a_tie_is_the_largest_logit_too() -> None:

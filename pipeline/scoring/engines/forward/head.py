@@ -58,10 +58,12 @@ class TargetScores:
 
     def split(self, sizes: list[int]) -> "list[TargetScores]":
         """Its rows in runs of these sizes."""
-        cut = {name: x.split(sizes) for name, x in self.extras.items()}
+        import torch
+
+        cut = {name: torch.split(x, sizes) for name, x in self.extras.items()}
         return [
             TargetScores(logprobs, {name: runs[i] for name, runs in cut.items()})
-            for i, logprobs in enumerate(self.logprobs.split(sizes))
+            for i, logprobs in enumerate(torch.split(self.logprobs, sizes))
         ]
 
 
@@ -132,7 +134,7 @@ def extras_of(
     if IS_TOP1 in found:
         found[IS_TOP1] = (chosen >= logits.amax(1)).float()
     if LOG_SUM_SQUARES in found or ENTROPY in found:
-        for part in logits.split(tile, dim=1):
+        for part in torch.split(logits, tile, dim=1):
             probabilities = (part - total[:, None]).exp_()
             if ENTROPY in found:
                 found[ENTROPY] += torch.special.entr(probabilities).sum(1)
