@@ -8,11 +8,11 @@ import polars as pl
 from pipeline.errors import StoreError
 from pipeline.ids import unit_interval
 from pipeline.models import Checkpoint, policy_checkpoint, resolve
-from pipeline.plan import ModelConfig, Plan
+from pipeline.plan import Extra, ModelConfig, Plan
 from pipeline.scoring.ledger import (
     ScorerKey,
     other_numerics,
-    read_logprobs,
+    read_complete,
     recorded_difference,
 )
 from pipeline.scoring.passes import with_passes
@@ -78,7 +78,8 @@ def earlier_key(
     wanted = {who: wanted_sequences(plan, store, who) for who in today}
 
     def complete(who: str, key: ScorerKey) -> bool:
-        return wanted[who].join(read_logprobs(key), on="sequence_id", how="anti").is_empty()
+        held = read_complete(key, wanted_extras(plan, who))
+        return wanted[who].join(held, on="sequence_id", how="anti").is_empty()
 
     def usable(who: str, key: ScorerKey) -> bool:
         if not complete(who, key):
@@ -147,3 +148,8 @@ def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
     mismatched = [kl_sequences(table, sequences) for table in kl]
     wanted = pl.concat([sequences, *mismatched]).unique("sequence_id").sort("sequence_id")
     return with_passes(wanted, read(store, "pair_sequences"), *kl)
+
+
+def wanted_extras(plan: Plan, name: str) -> list[Extra]:
+    """What a policy is scored for beside log-probs; a model of the plan is for nothing."""
+    return plan.scoring.token_extras if name in plan.policies else []

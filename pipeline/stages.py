@@ -23,6 +23,7 @@ from pipeline.names import (
     policy_id_of,
     reported_pairs,
     scored_by,
+    wanted_extras,
     wanted_sequences,
 )
 from pipeline.plan import ModelConfig, ObjectiveConfig, Plan
@@ -32,6 +33,8 @@ from pipeline.rules import rule_table
 from pipeline.scoring.ledger import (
     ScorerKey,
     last_trust,
+    read_complete,
+    read_extras,
     read_logprobs,
     read_unscored,
     recorded_difference,
@@ -61,6 +64,7 @@ from pipeline.training.data.kl_rows import kl_rows
 from pipeline.training.objective import train_objective
 from pipeline.training.policy import PolicyResult
 from schemas import (
+    AlignedReward,
     KlSequence,
     LabelSequence,
     LossLandscape,
@@ -217,7 +221,15 @@ def score(plan: Plan, store: Store, name: str) -> ScoringResult:
         result = _reused(plan, store, name, sequences, plan.scoring.accept_equivalent)
     if result is None:
         key = scorer_key(store, config, checkpoint)
-        result = score_sequences(name, key, config, checkpoint, sequences, plan.scoring)
+        result = score_sequences(
+            name,
+            key,
+            config,
+            checkpoint,
+            sequences,
+            plan.scoring,
+            extras=wanted_extras(plan, name),
+        )
     publish(store, "scorers", scorers(store.ledger), Scorer)
     return result
 
@@ -250,16 +262,26 @@ def _reused(
 
 
 def scored_rows(plan: Plan, store: Store, name: str, key: ScorerKey) -> ScoredRows:
-    """Read the ledger back and say what it holds of the sequences that were wanted."""
+    """Read the ledger back and say what it holds of the sequences that were wanted.
+
+    A sequence that lacks an extra the plan wants is not held.
+    """
     wanted = wanted_sequences(plan, store, name).select("sequence_id")
-    tried = read_unscored(key).join(wanted, on="sequence_id", how="semi").head(_SHOWN)
-    held = read_logprobs(key).join(wanted, on="sequence_id", how="semi").sort("sequence_id")
+    extras = wanted_extras(plan, name)
+    tried = read_unscored(key, extras).join(wanted, on="sequence_id", how="semi").head(_SHOWN)
+    held = read_complete(key, extras).join(wanted, on="sequence_id", how="semi")
+    held = held.sort("sequence_id")
+    said = [held["sequence_id"].to_list(), held["logprob"].to_list()]
+    if extras:
+        of_extras = read_extras(key).filter(pl.col("extra").is_in(extras))
+        of_extras = of_extras.join(held, on="sequence_id", how="semi").sort("sequence_id", "extra")
+        said += [of_extras["extra"].to_list(), of_extras["total"].to_list()]
     finite = held.filter(pl.col("logprob").is_finite())
     return ScoredRows(
         n_rows=held.height,
         n_nonfinite=held.height - finite.height,
         mean=float(finite["logprob"].sum()) / max(finite.height, 1),
-        digest=content_id("scored", held["sequence_id"].to_list(), held["logprob"].to_list()),
+        digest=content_id("scored", *said),
         unscored={
             row["sequence_id"]: f"{row['rule']}: {row['detail']}"
             for row in tried.iter_rows(named=True)
@@ -295,6 +317,7 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         # KTO's weights depend on a reference point; the one the policy was last trained with.
         if (last := read(store, f"training_steps/{name}")["kl"][-1]) is not None:
             statistics["kl"] = last
+    aligned = "log_sum_squares" in wanted_extras(plan, name)
     table = reward_table(
         read(store, "pairs"),
         reported_pairs(plan, store),
@@ -307,14 +330,16 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         policy_id=identifier,
         pairs_digest=current_snapshot(store, "pairs").digest,
         noise_floor=_noise_floor(reference, policy),
+        extras=read_extras(policy) if aligned else None,
     )
-    return publish(store, f"rewards/{name}", table, Reward)
+    return publish(store, f"rewards/{name}", table, AlignedReward if aligned else Reward)
 
 
 def compute_landscape(plan: Plan, store: Store) -> LandscapeResult:
     """Every policy of the plan, as it is, under the losses and settings the plan asks for.
 
-    KTO is asked only where the policy's training has measured its reference point.
+    KTO is asked only where the policy's training has measured its reference point, WPO only where
+    policies are scored with `log_sum_squares` (`scoring.token_extras`).
 
     Raises:
         LossInputError: a loss the plan names needs numbers that the tables do not have.

@@ -20,6 +20,12 @@ from pipeline.plan.report import ReportConfig
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
 
+Extra = Literal["log_sum_squares", "entropy"]
+"""What may be computed of a scored token's distribution p over the vocabulary, nats.
+
+`log_sum_squares`: log sum_v p(v)^2 (WPO, arXiv 2406.11827). `entropy`: -sum_v p(v) log p(v).
+"""
+
 _TAKEN = ("dagster", "ledger", "models", "policies")
 """What stands in the store beside the plans' own folders (`pipeline.store.Store`)."""
 
@@ -292,6 +298,11 @@ class ScoringConfig(_Section):
     null_test_tolerance: float | None = Field(
         default=None, gt=0, description="Nats per sequence; by dtype where null."
     )
+    token_extras: list[Extra] = Field(
+        default=[],
+        description="Computed of every scored token of a policy beside its log-prob, by the torch "
+        "engine only: `log_sum_squares` lets `loss_landscape` answer for WPO.",
+    )
     parity: ParityConfig | None = None
     accept_equivalent: float | None = Field(
         default=None,
@@ -386,6 +397,18 @@ class Plan(_Section):
                 "is for plans without objectives and parity: what is trained or compared is "
                 "computed in the numerics of today",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _extras_can_be_computed(self) -> "Plan":
+        if self.scoring.token_extras:
+            for policy in self.policies:
+                if self.models[name := self.reference_of(policy)].engine == "vllm":
+                    raise fault(
+                        "scoring.token_extras",
+                        f"'{policy}' is scored as its reference '{name}' is, by vLLM, and only "
+                        "the torch engine computes them",
+                    )
         return self
 
     @model_validator(mode="after")
