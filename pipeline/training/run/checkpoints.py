@@ -121,6 +121,7 @@ def load_checkpoint(
         standing = _intact(directory)
         if standing is None:
             _log.warning("%s is damaged; training goes on from the checkpoint before", directory)
+            shutil.rmtree(directory)
             continue
         load_weights(folder, step, parameters)
         moments = load_file(directory / "optimiser.safetensors")
@@ -142,15 +143,15 @@ def load_weights(folder: Path, step: int, parameters: "Mapping[str, torch.nn.Par
     """Put what is trained back to what it was after a step.
 
     Raises:
-        TrainingError: that checkpoint is not there.
+        TrainingError: that checkpoint is not there, or damaged.
     """
     import torch
     from safetensors.torch import load_file
 
-    try:
-        weights = load_file(folder / _name(step) / "trained.safetensors")
-    except OSError as error:
-        raise TrainingError(f"step {step}: its checkpoint cannot be read: {error}") from error
+    directory = folder / _name(step)
+    if _intact(directory) is None:
+        raise TrainingError(f"step {step}: its checkpoint {directory} is missing or damaged")
+    weights = load_file(directory / "trained.safetensors")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -93,7 +93,7 @@ def train(job: Job, devices: Devices) -> Trained:
     model = trainable_model(job.start, job.numerics, config, devices.device)
     with ExitStack() as stack:
         replicas = stack.enter_context(Replicas(model, config.threads))
-        run = _Run(job, devices, replicas, len(schedule))
+        run = Run(job, devices, replicas, len(schedule))
         standing = run.resumed()
         examples = sum(len(batch) for batch in schedule)
         bar = stack.enter_context(progress(f"train {job.name}", examples, "examples"))
@@ -112,7 +112,7 @@ def train(job: Job, devices: Devices) -> Trained:
     return run.trained()
 
 
-class _Run:
+class Run:
     """A model being trained, with its optimiser and how far it is."""
 
     def __init__(self, job: Job, devices: Devices, replicas: Replicas, n_steps: int) -> None:
@@ -132,12 +132,13 @@ class _Run:
             fused=True,
         )
         self._optimiser = devices.prepare(plain)
-        self._schedule = get_scheduler(
+        # The rate is a function of the step alone.
+        (self._rate,) = get_scheduler(
             config.schedule,
             plain,
             num_warmup_steps=round(config.warmup_share * n_steps),
             num_training_steps=n_steps,
-        )
+        ).lr_lambdas
         self._n_steps = n_steps
         self._standing = Standing()
 
@@ -146,9 +147,6 @@ class _Run:
         found = load_checkpoint(self._job.checkpoints, self._named, self._optimiser)
         if found is not None:
             self._standing = found
-            # The rate is a function of the step alone.
-            state = {"last_epoch": found.step, "_step_count": found.step + 1}
-            self._schedule.load_state_dict({**self._schedule.state_dict(), **state})
             self._devices.load_scale(found.scale)
         return self._standing
 
@@ -184,7 +182,7 @@ class _Run:
         if self._devices.skips_overflow and not math.isfinite(norm):
             norm = 0.0  # no update is made
         _require_finite(number, {**metrics, **result.statistics, "grad_norm": norm})
-        rate = float(self._schedule.lr_lambdas[0](standing.step)) * config.learning_rate
+        rate = float(self._rate(standing.step)) * config.learning_rate
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.step()
