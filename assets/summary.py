@@ -29,7 +29,11 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
     lines = [f"plan '{plan.name}': {'done' if result.success else 'FAILED'} in {seconds:.0f} s"]
     if pairs := found.get((plan.name, "preference_pairs")):
         rows = found.get((plan.name, "quarantined_rows"), {}).get("dagster/row_count", 0)
-        lines.append(f"  pairs      {pairs['dagster/row_count']} valid, {rows} rows quarantined")
+        labels = found.get((plan.name, "preference_labels"), {}).get("dagster/row_count", 0)
+        beside = f" and {labels} labels" if labels else ""
+        lines.append(
+            f"  pairs      {pairs['dagster/row_count']}{beside} valid, {rows} rows quarantined"
+        )
     for name in (*plan.scored_models, *plan.policies):
         if data := found.get((plan.name, f"logprobs_{name}")):
             loaded = "model loaded" if data["model_loaded"] else "no model loaded"

@@ -63,12 +63,9 @@ class Preferences:
 
     def _both_ways(self) -> "Preferences":
         """Rows that have a way, and ways that have a row."""
-        pair, label = {"on": "pair_id", "how": "semi"}, {"on": "label_id", "how": "semi"}
         return Preferences(
-            self.pairs.join(self.pair_sequences, **pair),
-            self.pair_sequences.join(self.pairs, **pair),
-            self.labels.join(self.label_sequences, **label),
-            self.label_sequences.join(self.labels, **label),
+            *_met(self.pairs, self.pair_sequences, "pair_id"),
+            *_met(self.labels, self.label_sequences, "label_id"),
         )
 
     def _without(self, *tables: str) -> "Preferences":
@@ -89,6 +86,10 @@ def read_preferences(store: Store) -> Preferences:
             for name, schema in (("labels", PreferenceLabel), ("label_sequences", LabelSequence))
         ),
     )
+
+
+def _met(rows: pl.DataFrame, ways: pl.DataFrame, key: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    return rows.join(ways, on=key, how="semi"), ways.join(rows, on=key, how="semi")
 
 
 def _empty(schema: type[PreferenceLabel] | type[LabelSequence]) -> pl.DataFrame:
