@@ -58,9 +58,9 @@ class ClassBalance:
         low, high = (bound / ratio * self.desirable_weight for bound in (LEAST, MOST))
         other_low, other_high = (ratio / b * self.undesirable_weight for b in (MOST, LEAST))
         return (
-            f"{self.n_desirable} desirable and {self.n_undesirable} undesirable rows with weights "
-            f"{self.desirable_weight:g} and {self.undesirable_weight:g} stand {ratio:.3g} to 1; "
-            f"KTO's paper asks for {LEAST:g} to {MOST:g} to 1: a desirable_weight from {low:.3g} "
+            f"{self.n_desirable} desirable and {self.n_undesirable} undesirable rows, with weights "
+            f"{self.desirable_weight:g} and {self.undesirable_weight:g}, weigh {ratio:.3g} to 1; "
+            f"KTO's paper asks for {LEAST:g} to {MOST:g}, so for a desirable_weight from {low:.3g} "
             f"to {high:.3g}, or an undesirable_weight from {other_low:.3g} to {other_high:.3g}"
         )
 

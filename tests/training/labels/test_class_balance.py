@@ -1,6 +1,7 @@
 """Class weights: the KTO paper's ratio, what is advised, and when."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -52,8 +53,8 @@ def test_what_is_advised_is_within_the_papers_bounds(n_liked: int, n_disliked: i
     found = class_balance(examples, weighted("kto", desirable_weight=1.1))
     assert found is not None
     assert found.advice is not None
-    numbers = [float(word.rstrip(",")) for word in found.advice.split() if word[0].isdigit()]
-    low, high, other_low, other_high = numbers[-4:]
+    numbers = re.findall(r"from ([\d.]+) to ([\d.]+)", found.advice)
+    low, high, other_low, other_high = (float(n) for both in numbers for n in both)
     for values in (
         {"desirable_weight": low * 1.01},
         {"desirable_weight": high * 0.99},
