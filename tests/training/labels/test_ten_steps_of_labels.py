@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from support import measured, prepared
@@ -50,10 +50,16 @@ def in_order(plan: Plan, store: Store) -> list[dict[str, Any]]:
     return [labels[i] for batch in steps for i in batch]
 
 
-def trl_losses(
-    plan: Plan, rows: list[dict[str, Any]], out: Path, **changes: Any
-) -> tuple[list[float], list[float]]:
-    """Losses and KL terms of TRL's own training over these rows, in this order."""
+class Theirs(NamedTuple):
+    """What TRL's own training came to: losses, KL terms (nats) and the model."""
+
+    losses: list[float]
+    kl: list[float]
+    model: Any
+
+
+def trl_training(plan: Plan, rows: list[dict[str, Any]], out: Path, **changes: Any) -> Theirs:
+    """TRL's own training over these rows, in this order."""
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
@@ -95,7 +101,7 @@ def trl_losses(
         assert theirs["prompt_ids"] == ours["prompt_ids"]
         assert theirs["completion_ids"] == ours["completion_ids"]
     trainer.train()
-    return seen, kl
+    return Theirs(seen, kl, trainer.model)
 
 
 def apart(mine: list[float], theirs: list[float]) -> float:
@@ -110,27 +116,45 @@ def test_kto_on_labels_makes_trls_steps(
     assert (result.first_step.difference, result.first_step.accuracy) == (0.0, None)
     mine, kl = result.steps["loss"].to_list(), result.steps["kl"].to_list()
     rows = in_order(plan, store)
-    theirs, their_kl = trl_losses(plan, rows, tmp_path)
-    moved = max(theirs) - min(theirs)
+    theirs = trl_training(plan, rows, tmp_path)
+    moved = max(theirs.losses) - min(theirs.losses)
+    turned = [{**row, "desirable": not row["desirable"]} for row in rows]
     controls = {
-        "shuffled": trl_losses(plan, rows[::-1], tmp_path)[0],
-        "flags turned": trl_losses(
-            plan, [{**row, "desirable": not row["desirable"]} for row in rows], tmp_path
-        )[0],
-        "beta": trl_losses(plan, rows, tmp_path, beta=0.11)[0],
-        "weights": trl_losses(plan, rows, tmp_path, undesirable_weight=1.5)[0],
+        "shuffled": trl_training(plan, rows[::-1], tmp_path),
+        "flags turned": trl_training(plan, turned, tmp_path),
+        "beta": trl_training(plan, rows, tmp_path, beta=0.15),
+        "weights": trl_training(plan, rows, tmp_path, undesirable_weight=1.5),
     }
-    said = ", ".join(f"{name} {apart(mine, other):.1e}" for name, other in controls.items())
+    start = AutoModelForCausalLM.from_pretrained(plan.models["base"].checkpoint).state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(result.directory).state_dict()
+
+    def update_error(one: Theirs) -> float:
+        """||dW - dW_TRL|| / ||dW_TRL|| over all weights."""
+        updates = [
+            torch.cat([(state[key] - start[key]).double().flatten() for key in start])
+            for state in (ours, one.model.state_dict())
+        ]
+        return float((updates[0] - updates[1]).norm() / updates[1].norm())
+
+    errors = {name: update_error(other) for name, other in controls.items()}
+    said = ", ".join(
+        f"{name} {apart(mine, other.losses):.1e} and {errors[name]:.1e}"
+        for name, other in controls.items()
+    )
     measured(
-        f"KTO on labels against TRL: ten losses at most {apart(mine, theirs):.1e} apart, KL terms "
-        f"{apart(kl, their_kl):.1e} nats; TRL's loss moves by {moved:.2g}; controls: {said}"
+        f"KTO on labels against TRL: ten losses at most {apart(mine, theirs.losses):.1e} apart, "
+        f"KL terms {apart(kl, theirs.kl):.1e} nats, the update {update_error(theirs):.1e}; TRL's "
+        f"loss moves by {moved:.2g}; controls: {said}"
     )
     assert len(mine) == STEPS
-    assert apart(mine, theirs) < 1e-5
-    assert apart(kl, their_kl) < 1e-3
-    assert max(their_kl) > 0.1
+    assert apart(mine, theirs.losses) < 1e-5
+    assert apart(kl, theirs.kl) < 1e-3
+    assert update_error(theirs) < 2e-3
+    assert max(theirs.kl) > 0.1
     assert moved > 1e-2
-    assert all(apart(mine, other) > 1e-4 for other in controls.values())
+    for name, other in controls.items():
+        assert apart(mine, other.losses) > 1e-4, name
+        assert errors[name] > 1e-2, name
 
 
 def logprob(model: torch.nn.Module, row: dict[str, Any]) -> torch.Tensor:
@@ -183,7 +207,7 @@ def second_trainer(
         for group in optimiser.param_groups:
             group["lr"] = RATE * share
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -199,7 +223,7 @@ def test_bco_on_labels_equals_a_float64_trainer(
         "flags turned": second_trainer(
             plan, [{**row, "desirable": not row["desirable"]} for row in rows]
         ),
-        "beta": second_trainer(plan, rows, beta=0.11),
+        "beta": second_trainer(plan, rows, beta=0.15),
         "weight": second_trainer(plan, rows, weight=1.5),
     }
     said = ", ".join(f"{name} {apart(mine, other):.1e}" for name, other in controls.items())
