@@ -1,6 +1,6 @@
 """A plan of labels alone, from its source to its reports, as Dagster runs it."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,11 @@ WritePlan = Any
 OF = {"reference": "base", "start": "base"}
 
 
-def test_a_plan_of_labels_alone_runs_to_its_reports(write_plan: WritePlan, tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"why is it {i}?", "completion": f"it is {i} because", "label": i % 3 > 0}
-        for i in range(20)
-    ]
-    labels = tmp_path / "labels.jsonl"
-    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_a_plan_of_labels_alone_runs_to_its_reports(
+    write_plan: WritePlan, write_labels: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
     path = write_plan(
-        sources={"labels": {"path": str(labels), "shape": "unpaired"}},
+        sources={"labels": write_labels(20)},
         objectives={"kto": {"loss": "kto", **OF}, "bco": {"loss": "bco_unpaired", **OF}},
     )
     job = plan_definitions(path).resolve_job_def("tiny_job")
@@ -37,12 +33,13 @@ def test_a_plan_of_labels_alone_runs_to_its_reports(write_plan: WritePlan, tmp_p
         failed = [c.check_name for c in result.get_asset_check_evaluations() if not c.passed]
         assert failed == []
         (event,) = result.asset_materializations_for_node("tiny__policy_kto")
-    found = {name: value.value for name, value in event.metadata.items()}
+    found: dict[str, Any] = {name: value.value for name, value in event.metadata.items()}
     assert found["rows_desirable"] + found["rows_undesirable"] == 20 - _held_out(path)
     assert found["class_ratio"] == found["rows_desirable"] / found["rows_undesirable"]
     assert "KTO's paper asks for" in found["class_advice"]
     assert found["first_accuracy"] is None
-    said = summary(load_plan(path), result, 1.0)
+    anything: Any = result  # it has what a job's result has
+    said = summary(load_plan(path), anything, 1.0)
     assert "0 and 20 labels valid" in said
     assert "accuracy at step 1" not in said
 

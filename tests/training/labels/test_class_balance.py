@@ -73,7 +73,7 @@ def test_what_is_advised_is_within_the_papers_bounds(n_liked: int, n_disliked: i
 
 
 def prepared_with(
-    write_plan: WritePlan, write_labels: WriteLabels, objective: dict[str, object]
+    write_plan: WritePlan, write_labels: WriteLabels, objective: dict[str, Any]
 ) -> tuple[Plan, Store]:
     path = write_plan(
         sources={"labels": write_labels(20)},
@@ -86,7 +86,7 @@ def prepared_with(
 def test_weights_outside_the_papers_bounds_are_warned_of(
     write_plan: WritePlan, write_labels: WriteLabels, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = {"loss": "kto", "data": "labels", **OF}
+    plain: dict[str, Any] = {"loss": "kto", "data": "labels", **OF}
     plan, store = prepared_with(write_plan, write_labels, plain)
     with caplog.at_level(logging.WARNING):
         result = train(plan, store, "plain")

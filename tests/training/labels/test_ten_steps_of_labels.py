@@ -61,14 +61,15 @@ class Theirs(NamedTuple):
 def trl_training(plan: Plan, rows: list[dict[str, Any]], out: Path, **changes: Any) -> Theirs:
     """TRL's own training over these rows, in this order."""
     from datasets import Dataset
-    from trl import KTOConfig, KTOTrainer
+    from trl.trainer.kto_config import KTOConfig
+    from trl.trainer.kto_trainer import KTOTrainer
 
     seen: list[float] = []
     kl: list[float] = []
 
-    class Recorded(KTOTrainer):  # type: ignore[misc,unused-ignore]
+    class Recorded(KTOTrainer):
         def compute_loss(self, *arguments: Any, **keywords: Any) -> Any:
-            loss = super().compute_loss(*arguments, **keywords)
+            loss: torch.Tensor = super().compute_loss(*arguments, **keywords)  # type: ignore[no-untyped-call]
             seen.append(loss.item())
             kl.append(self._metrics["train"]["kl"][-1])
             return loss

@@ -118,8 +118,9 @@ def test_the_gradient_of_pairs_and_labels_is_that_of_the_mean_over_rows(
             weights = (1.0, 1.0) if whose == "without weights" else (1.3, 0.7)
             rows = written(model, examples, weights if name == "kto" else (1.0, weights[1]))
             n_rows = [len(example.replies) for example in examples for _ in example.replies]
-            shares = [1.0 / (n if whose == "pairs as one row" else 1) for n in n_rows]
-            loss = sum(share * row for share, row in zip(shares, rows, strict=True)) / sum(shares)
+            alike = whose != "pairs as one row"
+            shares = torch.tensor([1.0 if alike else 1.0 / n for n in n_rows]).double()
+            loss = (shares * torch.stack(rows)).sum() / shares.sum()
             torch.autograd.backward(loss)
             if whose == "oracle":
                 total = sum(
@@ -156,7 +157,7 @@ def moved(example: Example, by: float) -> Example:
     )
 
 
-def float64_model(plan: Plan) -> torch.nn.Module:
+def float64_model(plan: Plan) -> Any:
     config = plan.models["base"].model_copy(update={"dtype": "float64"})
     start = Checkpoint(Path(plan.models["base"].checkpoint))
     model = trainable_model(start, config, plan.training, torch.device("cpu"))
@@ -168,14 +169,14 @@ def float64_model(plan: Plan) -> torch.nn.Module:
     return model
 
 
-def logprob(model: torch.nn.Module, prompt: Any, ids: Any) -> torch.Tensor:
+def logprob(model: Any, prompt: Any, ids: Any) -> torch.Tensor:
     tokens = torch.tensor([[*prompt, *ids]])
     logprobs = torch.log_softmax(model(input_ids=tokens).logits[0, :-1], -1)
     picked: torch.Tensor = logprobs.gather(1, tokens[0, 1:, None])[len(prompt) - 1 :, 0].sum()
     return picked
 
 
-def rows_of(model: torch.nn.Module, examples: list[Example]) -> list[tuple[bool, torch.Tensor]]:
+def rows_of(model: Any, examples: list[Example]) -> list[tuple[bool, torch.Tensor]]:
     """Whether it is desirable, and the log-ratio, of every row."""
     return [
         (side == "chosen", logprob(model, example.prompt_ids, reply.ids) - q)
@@ -185,7 +186,7 @@ def rows_of(model: torch.nn.Module, examples: list[Example]) -> list[tuple[bool,
 
 
 def kto_rows(
-    model: torch.nn.Module, examples: list[Example], weights: tuple[float, float]
+    model: Any, examples: list[Example], weights: tuple[float, float]
 ) -> list[torch.Tensor]:
     """Ethayarajh et al. 2024, eq. 8, beta 0.1."""
     with torch.no_grad():
@@ -204,7 +205,7 @@ def kto_rows(
 
 
 def bco_rows(
-    model: torch.nn.Module, examples: list[Example], weights: tuple[float, float]
+    model: Any, examples: list[Example], weights: tuple[float, float]
 ) -> list[torch.Tensor]:
     """Jung et al. 2024, section 4: delta is the mean of the classes' mean rewards, beta 0.1."""
     rows = rows_of(model, examples)
