@@ -13,6 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
+from pipeline.errors import ScoringError
 from pipeline.ids import content_id, unit_interval
 from pipeline.landscape import answerable, landscape, landscape_png
 from pipeline.losses import REGISTRY
@@ -61,6 +62,7 @@ from pipeline.tokenization import (
     sorted_rows,
 )
 from pipeline.training.data.kl_rows import kl_rows
+from pipeline.training.data.preferences import read_preferences
 from pipeline.training.objective import train_objective
 from pipeline.training.policy import PolicyResult
 from schemas import (
@@ -141,8 +143,9 @@ class ReportResult:
 def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     """`pairs` to `sequences`, `pair_sequences`, `untokenized_pairs` and `tokenizations`.
 
-    And `kl_sequences` for every objective whose loss has a KL term. The chat template is the
-    plan's first model's; the others must share its tokeniser.
+    And `labels` to `label_sequences` and `untokenized_labels`, and `kl_sequences` for every
+    objective whose loss has a KL term. The chat template is the plan's first model's; the others
+    must share its tokeniser.
 
     Raises:
         ModelError: no usable tokeniser or template, or two models' tokenisers differ.
@@ -172,14 +175,15 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     with sorted_rows(polars_schema(Sequence), store.directory) as rows:
         ways = pair_ways(counted_pairs(), encoder, rows.add)
         if is_published(store, "labels"):
-            labels = label_ways(read_pieces(store, "labels"), encoder, rows.add)
+            pieces = _limited_pieces(store, plan.limit_pairs, "labels", "label_id")
+            labels = label_ways(pieces, encoder, rows.add)
             publish(store, "label_sequences", labels.ways, LabelSequence)
             publish(store, "untokenized_labels", labels.untokenized, UntokenizedLabel)
         sequences = publish_pieces(store, "sequences", counted(rows.pieces()), Sequence)
+    pair_sequences = publish(store, "pair_sequences", ways.ways, PairSequence)
     kl = {
         name: kl_rows(
-            read(store, "pairs"),
-            ways.ways,
+            read_preferences(store).read_by(objective),
             read(store, "sequences"),
             partner=objective.kl_partner,
             training=plan.training,
@@ -201,7 +205,7 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     return TokenizeResult(
         n_pairs=n_pairs,
         sequences=sequences,
-        pair_sequences=publish(store, "pair_sequences", ways.ways, PairSequence),
+        pair_sequences=pair_sequences,
         untokenized=publish(store, "untokenized_pairs", ways.untokenized, UntokenizedPair),
         tokenization_id=identity["tokenization_id"][0],
         n_tokens=n_tokens,
@@ -213,9 +217,17 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
 
 
 def score(plan: Plan, store: Store, name: str) -> ScoringResult:
-    """Score what is wanted of a model or a trained policy of the plan."""
+    """Score what is wanted of a model or a trained policy of the plan.
+
+    Raises:
+        ScoringError: there is nothing to score; or see `score_sequences`.
+    """
     config, checkpoint = scored_by(plan, store, name)
     sequences = wanted_sequences(plan, store, name)
+    if sequences.is_empty():
+        raise ScoringError(
+            f"'{name}' has nothing to score: no pair was tokenised, nor a label that it reads"
+        )
     result = None
     if plan.scoring.accept_equivalent is not None:
         result = _reused(plan, store, name, sequences, plan.scoring.accept_equivalent)
@@ -346,9 +358,11 @@ def compute_landscape(plan: Plan, store: Store) -> LandscapeResult:
     """
     config = plan.report.landscape
     strengths = read(store, "pairs").select("pair_id", "strength")
-    tables = []
+    tables = [pl.DataFrame(schema=polars_schema(LossLandscape))]
     for name in plan.policies:
         rewards = read(store, f"rewards/{name}").join(strengths, on="pair_id", how="left")
+        if rewards.is_empty():  # trained on labels alone, and asked about no pair
+            continue
         if rewards["strength"].null_count():
             rewards = rewards.drop("strength")
         known: dict[str, float] = {}
@@ -455,14 +469,16 @@ def _limited(pairs: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     return pairs.filter(pl.col("pair_id").is_in(_kept(pairs["pair_id"], limit)))
 
 
-def _limited_pieces(store: Store, limit: int | None) -> Iterator[pl.DataFrame]:
-    """The same pairs, some at a time."""
+def _limited_pieces(
+    store: Store, limit: int | None, table: str = "pairs", key: str = "pair_id"
+) -> Iterator[pl.DataFrame]:
+    """The same pairs (or labels), some at a time."""
     kept = None
     if limit is not None:
-        ids = [piece["pair_id"] for piece in read_pieces(store, "pairs", columns=["pair_id"])]
-        kept = _kept(pl.concat([pl.Series("pair_id", [], pl.String), *ids]), limit)
-    for piece in read_pieces(store, "pairs"):
-        yield piece if kept is None else piece.filter(pl.col("pair_id").is_in(kept))
+        ids = [piece[key] for piece in read_pieces(store, table, columns=[key])]
+        kept = _kept(pl.concat([pl.Series(key, [], pl.String), *ids]), limit)
+    for piece in read_pieces(store, table):
+        yield piece if kept is None else piece.filter(pl.col(key).is_in(kept))
 
 
 def _kept(ids: pl.Series, limit: int) -> list[str]:

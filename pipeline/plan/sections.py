@@ -199,10 +199,14 @@ class TrainingConfig(_Section):
     )
     lora: LoraConfig = LoraConfig()
     evaluate_every: int | None = Field(
-        default=None, ge=1, description="Steps between evaluations on held-out pairs; null: none."
+        default=None,
+        ge=1,
+        description="Steps between evaluations on held-out pairs (or labels); null: none.",
     )
     evaluation_pairs: int | None = Field(
-        default=None, ge=1, description="Held-out pairs to evaluate on, the first by hash."
+        default=None,
+        ge=1,
+        description="Held-out pairs (or labels) to evaluate on, the first by hash.",
     )
     best_metric: str = Field(
         default="eval_loss",
@@ -315,7 +319,7 @@ class ScoringConfig(_Section):
         default=None,
         ge=0,
         description="Training pairs that policies are scored and reported on, the first by their "
-        "ids' hash; null: all. Held-out pairs are always scored.",
+        "ids' hash; null: all. Held-out pairs are always scored. Of labels it is the same.",
     )
 
     def tolerance(self, dtype: str) -> float:
@@ -336,7 +340,7 @@ class Plan(_Section):
     sources: dict[Name, SourceConfig] = {}
     evaluation: dict[Name, SourceConfig] = {}
     limit_pairs: int | None = Field(
-        default=None, ge=1, description="Go on with this many pairs, chosen by their ids' hash."
+        default=None, ge=1, description="Go on with this many pairs (and labels), chosen by hash."
     )
     rules: dict[str, RuleConfig] = {}
     split: SplitConfig = SplitConfig()
