@@ -27,6 +27,16 @@ from schemas import Sequence as SequenceTable
 from schemas import polars_schema
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests go to one process, which makes its fixtures once; all of vLLM's to the same.
+
+    Two engines at once would take each other's cores and memory.
+    """
+    for item in items:
+        engine = item.path.name.startswith("test_vllm")
+        item.add_marker(pytest.mark.xdist_group("vllm" if engine else str(item.path)))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store", "test")
