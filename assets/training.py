@@ -15,6 +15,7 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
     key = dg.AssetKey([plan.name, f"policy_{name}"])
     objective = plan.objectives[name]
     models = dict.fromkeys([objective.reference, objective.start])
+    start = [f"policy_{objective.start}"] if objective.start in plan.objectives else []
 
     @dg.asset(
         key=key,
@@ -22,6 +23,7 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
             dg.AssetKey([plan.name, "preference_pairs"]),
             dg.AssetKey([plan.name, "sequences"]),
             *[dg.AssetKey([plan.name, f"logprobs_{model}"]) for model in models],
+            *[dg.AssetKey([plan.name, policy]) for policy in start],
         ],
         group_name=GROUP,
         kinds={"pytorch", "huggingface"},
