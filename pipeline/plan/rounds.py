@@ -8,7 +8,7 @@ from pipeline.plan.objective import ObjectiveConfig
 
 
 def rounds(objectives: Mapping[str, ObjectiveConfig]) -> list[list[str]]:
-    """Objectives in rounds: each comes after those whose policies it needs.
+    """Objectives in rounds, each after those whose policies it needs; else in the plan's order.
 
     Raises:
         pydantic_core.PydanticCustomError: they need each other in a circle; names it.
@@ -27,9 +27,10 @@ def rounds(objectives: Mapping[str, ObjectiveConfig]) -> list[list[str]]:
             f"goes round in a circle, {' -> '.join(circle)}: a policy that is another's reference "
             "or start is trained before it",
         ) from None
+    order = list(objectives)
     found = []
     while sorter.is_active():
-        found.append(list(sorter.get_ready()))
+        found.append(sorted(sorter.get_ready(), key=order.index))
         sorter.done(*found[-1])
     return found
 

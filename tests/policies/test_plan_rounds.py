@@ -28,13 +28,14 @@ def test_each_comes_after_those_it_needs(write_plan: WritePlan) -> None:
     plan = plan_of(
         write_plan, three=on("two", "one"), two=on("one"), other=on("sft"), one=on("sft")
     )
-    assert plan.rounds == [["other", "one"], ["two"], ["three"]]
-    assert plan.policies == ["other", "one", "two", "three"]
+    assert list(plan.objectives) == ["one", "other", "three", "two"]
+    assert plan.rounds == [["one", "other"], ["two"], ["three"]]
+    assert plan.policies == ["one", "other", "two", "three"]
     assert plan.bases == {"one", "two"}
     assert plan.scored_models == ["sft"]
     assert plan.reference_of("three") == "one"
-    plain = plan_of(write_plan, b=on("sft"), a=on("sft"))
-    assert (plain.policies, plain.bases) == (["b", "a"], set()), "in the plan's own order"
+    plain = plan_of(write_plan, a=on("sft"), b=on("sft"))
+    assert (plain.policies, plain.bases) == (["a", "b"], set()), "in the plan's own order"
 
 
 def test_numerics_come_from_the_end_of_the_chain(write_plan: WritePlan) -> None:
@@ -61,7 +62,7 @@ def test_without_a_reference_a_loss_is_reported_against_its_start(write_plan: Wr
     [
         ({"one": on("one")}, ["objectives.one.start: ", "one -> one"]),
         ({"one": on("sft", "one")}, ["objectives.one.reference: ", "one -> one"]),
-        ({"one": on("two"), "two": on("one")}, ["in a circle", " -> one -> ", "start: "]),
+        ({"one": on("two"), "two": on("one")}, ["in a circle, one -> two -> one", "start: "]),
         (
             {"one": on("sft", "three"), "two": on("one"), "three": on("sft", "two")},
             ["in a circle", "one -> three -> two -> one"],
@@ -130,9 +131,9 @@ def test_the_estimate_counts_what_a_base_scores(
 
 
 def test_what_a_run_is_about_to_do_names_the_rounds(write_plan: WritePlan) -> None:
-    chain = {"two": {"loss": "dpo", **on("one")}, "one": {"loss": "dpo", **on("base")}}
+    chain = {"a": {"loss": "dpo", **on("one")}, "one": {"loss": "dpo", **on("base")}}
     lines = beginning(load_plan(write_plan(objectives=chain))).splitlines()[1:]
     assert lines == [
         "  objective  one: dpo, beta 0.1",
-        "  objective  two: dpo, beta 0.1, from one's policy, against one's policy",
+        "  objective  a: dpo, beta 0.1, from one's policy, against one's policy",
     ]

@@ -45,8 +45,9 @@ def starts_at_zero(result: Any) -> bool:
 
 
 def test_three_rounds_each_start_at_exactly_zero_and_go_on(write_plan: WritePlan) -> None:
-    path = write_plan(objectives=dict(reversed(chain("one", "two", "three").items())))
+    path = write_plan(objectives=chain("one", "two", "three"))
     plan, store, trained = ran(path, *LEARNS)
+    assert list(plan.objectives) == ["one", "three", "two"], "as the file has them"
     assert list(trained) == ["one", "two", "three"]
     base = Path(plan.models["base"].checkpoint)
     rows = sequences_in(store)

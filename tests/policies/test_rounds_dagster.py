@@ -28,7 +28,7 @@ def parents(path: Path) -> dict[str, set[str]]:
 
 
 def test_the_graph_shows_the_rounds(write_plan: WritePlan) -> None:
-    objectives = dict(reversed(chain("one", "two").items()))
+    objectives = chain("one", "two")
     objectives["against"] = {"loss": "dpo", "start": "base", "reference": "two"}
     edges = parents(write_plan(objectives=objectives))
     common = {"preference_pairs", "sequences"}
@@ -43,7 +43,7 @@ def test_the_graph_shows_the_rounds(write_plan: WritePlan) -> None:
 
 
 def test_one_job_runs_two_rounds(write_plan: WritePlan, instance: dg.DagsterInstance) -> None:
-    path = write_plan(objectives=dict(reversed(chain("one", "two").items())))
+    path = write_plan(objectives=chain("one", "two"))
     job = plan_definitions(path).resolve_job_def("tiny_job")
     resources = {"tiny_plan": {"config": {"path": str(path)}}}
 
