@@ -1,5 +1,6 @@
 """What several tests of exports and rounds build and compare."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def made_by_hand(
 ) -> Path:
     """The directory of a policy that nobody trained, its adapter random."""
     directory = build_adapter(start, store.policies / "by_hand", std=std, **adapter)
+    for file in (*start.glob("*token*"), *start.glob("chat_template*")):
+        shutil.copy(file, directory)  # as training does
     weights = "adapter_model.safetensors"
     record = {
         "policy_id": "by_hand",
