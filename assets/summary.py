@@ -40,7 +40,11 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
     lines = [f"plan '{plan.name}': {'done' if result.success else 'FAILED'} in {seconds:.0f} s"]
     if pairs := found.get((plan.name, "preference_pairs")):
         rows = found.get((plan.name, "quarantined_rows"), {}).get("dagster/row_count", 0)
-        lines.append(f"  pairs      {pairs['dagster/row_count']} valid, {rows} rows quarantined")
+        labels = found.get((plan.name, "preference_labels"), {}).get("dagster/row_count", 0)
+        beside = f" and {labels} labels" if labels else ""
+        lines.append(
+            f"  pairs      {pairs['dagster/row_count']}{beside} valid, {rows} rows quarantined"
+        )
     for name in (*plan.scored_models, *plan.policies):
         if data := found.get((plan.name, f"logprobs_{name}")):
             loaded = "model loaded" if data["model_loaded"] else "no model loaded"
@@ -52,7 +56,7 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
         if data := found.get((plan.name, f"policy_{name}")):
             lines.append(
                 f"  training   {name}: {data['steps']} steps, loss {data['first_loss']:.4f} -> "
-                f"{data['last_loss']:.4f}, accuracy at step 1 {data['first_accuracy']:g}"
+                f"{data['last_loss']:.4f}" + _first_accuracy(data["first_accuracy"])
                 if data["trained"]
                 else f"  training   {name}: nothing trained, the policy was there already"
             )
@@ -70,6 +74,11 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
             lines += [f"  report     {data['report']}", f"  numbers    {data['json']}"]
     lines.append(f"  tables     {plan.store / plan.name}")
     return "\n".join(lines)
+
+
+def _first_accuracy(share: float | None) -> str:
+    """Of the first step's pairs; nothing where it had labels only."""
+    return "" if share is None else f", accuracy at step 1 {share:g}"
 
 
 def _metadata(result: dg.JobExecutionResult) -> dict[tuple[str, ...], dict[str, Any]]:

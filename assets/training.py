@@ -1,11 +1,14 @@
 """Policy assets: one per objective."""
 
+from typing import Any
+
 import dagster as dg
 
 from assets.resources import opened, resource_key
 from assets.scoring import MODEL_STEP
 from pipeline import stages
 from pipeline.plan import Plan
+from pipeline.training.data.balance import ClassBalance
 
 GROUP = "training"
 
@@ -20,7 +23,7 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
     @dg.asset(
         key=key,
         deps=[
-            dg.AssetKey([plan.name, "preference_pairs"]),
+            *[dg.AssetKey([plan.name, f"preference_{kind}"]) for kind in objective.kinds],
             dg.AssetKey([plan.name, "sequences"]),
             *[dg.AssetKey([plan.name, f"logprobs_{model}"]) for model in models],
             *[dg.AssetKey([plan.name, policy]) for policy in start],
@@ -58,6 +61,7 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
                         "reference_correction_mean_nats": result.correction.mean,
                     }
                 ),
+                **({} if result.balance is None else _balance(result.balance)),
                 "steps": result.steps.height,
                 "first_loss": first["loss"],
                 "last_loss": last["loss"],
@@ -76,3 +80,13 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
         )
 
     return trained
+
+
+def _balance(balance: ClassBalance) -> dict[str, Any]:
+    """The rows of either class, and how they stand under the loss's weights."""
+    return {
+        "rows_desirable": balance.n_desirable,
+        "rows_undesirable": balance.n_undesirable,
+        **({} if balance.ratio is None else {"class_ratio": balance.ratio}),
+        **({} if balance.advice is None else {"class_advice": balance.advice}),
+    }

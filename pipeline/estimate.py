@@ -16,12 +16,12 @@ import polars as pl
 from pipeline.errors import StoreError
 from pipeline.intake.sources import raw_rows, shape_of_source
 from pipeline.models import ModelSize, located, model_size
-from pipeline.names import store_of, wanted_sequences
+from pipeline.names import store_of, wanted_extras, wanted_sequences
 from pipeline.plan import ModelConfig, Plan, SourceConfig
 from pipeline.processes import threads_of
 from pipeline.scoring.engines import engine_of
 from pipeline.scoring.engines.torch_engine import found_device_class
-from pipeline.scoring.ledger import read_logprobs
+from pipeline.scoring.ledger import read_complete
 from pipeline.scoring.run import scorer_key
 from pipeline.sources import READERS, Candidate, RawRow, Reader, RowError, Unit, parse_row
 
@@ -130,7 +130,8 @@ def _without_known(plan: Plan, one: _Pass) -> tuple[_Pass, int]:
         return one, 0
     try:
         wanted = wanted_sequences(plan, store, one.name)
-        held = read_logprobs(scorer_key(store, one.model, checkpoint))
+        key = scorer_key(store, one.model, checkpoint)
+        held = read_complete(key, wanted_extras(plan, one.name))
     except StoreError:  # nothing has been tokenised yet
         return one, 0
     known = wanted.join(held, on="sequence_id", how="semi")

@@ -10,17 +10,18 @@ from pipeline.errors import StoreError
 from pipeline.export.merged import merged_policy, read_record
 from pipeline.ids import unit_interval
 from pipeline.models import Checkpoint, identify, policy_checkpoint, resolve
-from pipeline.plan import ModelConfig, Plan
+from pipeline.plan import Extra, ModelConfig, Plan
 from pipeline.scoring.ledger import (
     ScorerKey,
     other_numerics,
-    read_logprobs,
+    read_complete,
     recorded_difference,
 )
 from pipeline.scoring.passes import with_passes
 from pipeline.scoring.run import scorer_key
 from pipeline.store import Store, current_snapshot, read
 from pipeline.training.data.kl_rows import kl_sequences
+from pipeline.training.data.preferences import read_preferences
 
 
 def store_of(plan: Plan) -> Store:
@@ -100,7 +101,8 @@ def earlier_key(
     wanted = {who: wanted_sequences(plan, store, who) for who in today}
 
     def complete(who: str, key: ScorerKey) -> bool:
-        return wanted[who].join(read_logprobs(key), on="sequence_id", how="anti").is_empty()
+        held = read_complete(key, wanted_extras(plan, who))
+        return wanted[who].join(held, on="sequence_id", how="anti").is_empty()
 
     def usable(who: str, key: ScorerKey) -> bool:
         if not complete(who, key):
@@ -147,29 +149,33 @@ def reported_pairs(plan: Plan, store: Store) -> pl.DataFrame:
     All that were tokenised, or all but those of the `train` split that `scoring.train_pairs`
     leaves out.
     """
-    ways = read(store, "pair_sequences")
+    return _reported(plan, read(store, "pair_sequences"), read(store, "pairs"), "pair_id")
+
+
+def _reported(plan: Plan, ways: pl.DataFrame, table: pl.DataFrame, key: str) -> pl.DataFrame:
     most = plan.scoring.train_pairs
     if most is None:
         return ways
-    pairs = read(store, "pairs").filter(pl.col("split") == "train")
-    train = ways.join(pairs, on="pair_id", how="semi")["pair_id"]
+    train = ways.join(table.filter(pl.col("split") == "train"), on=key, how="semi")[key]
     out = sorted(train, key=partial(unit_interval, salt="reported"))[most:]
-    return ways.filter(~pl.col("pair_id").is_in(out))
+    return ways.filter(~pl.col(key).is_in(out))
 
 
 def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
     """What a model or policy of the plan has to score, as `schemas.Sequence` with its passes.
 
     The reference of a loss with a KL term scores that loss's mismatched replies too; the policy
-    scores them while it is trained. A policy scores what it is reported on, and one that is
-    another's reference or start all that a model scores.
+    scores them while it is trained. A policy scores the pairs it is reported on, and the labels if
+    it could be trained on any; one that is another's reference or start all that a model scores.
     """
-    sequences = read(store, "sequences")
+    sequences, preferences = read(store, "sequences"), read_preferences(store)
+    labels = preferences.label_sequences
     if name in plan.policies and name not in plan.bases:
         ways = reported_pairs(plan, store)
-        sequences = sequences.filter(
-            pl.col("sequence_id").is_in([*ways["chosen_id"], *ways["rejected_id"]])
-        )
+        ids = [*ways["chosen_id"], *ways["rejected_id"]]
+        if name in plan.objectives and plan.objectives[name].reads_labels:
+            ids += _reported(plan, labels, preferences.labels, "label_id")["sequence_id"].to_list()
+        sequences = sequences.filter(pl.col("sequence_id").is_in(ids))
     kl = [
         read(store, f"kl_sequences/{objective}")
         for objective, config in plan.objectives.items()
@@ -177,4 +183,9 @@ def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
     ]
     mismatched = [kl_sequences(table, sequences) for table in kl]
     wanted = pl.concat([sequences, *mismatched]).unique("sequence_id").sort("sequence_id")
-    return with_passes(wanted, read(store, "pair_sequences"), *kl)
+    return with_passes(wanted, preferences.pair_sequences, *kl, labels=labels)
+
+
+def wanted_extras(plan: Plan, name: str) -> list[Extra]:
+    """What a policy is scored for beside log-probs; a model of the plan is for nothing."""
+    return plan.scoring.token_extras if name in plan.policies else []

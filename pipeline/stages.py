@@ -14,6 +14,7 @@ from pathlib import Path
 
 import polars as pl
 
+from pipeline.errors import ScoringError
 from pipeline.ids import content_id, unit_interval
 from pipeline.landscape import answerable, landscape, landscape_png
 from pipeline.losses import REGISTRY
@@ -25,6 +26,7 @@ from pipeline.names import (
     policy_id_of,
     reported_pairs,
     scored_by,
+    wanted_extras,
     wanted_sequences,
 )
 from pipeline.plan import ObjectiveConfig, Plan
@@ -34,6 +36,8 @@ from pipeline.rules import rule_table
 from pipeline.scoring.ledger import (
     ScorerKey,
     last_trust,
+    read_complete,
+    read_extras,
     read_logprobs,
     read_unscored,
     recorded_difference,
@@ -60,9 +64,11 @@ from pipeline.tokenization import (
     sorted_rows,
 )
 from pipeline.training.data.kl_rows import kl_rows
+from pipeline.training.data.preferences import read_preferences
 from pipeline.training.objective import train_objective
 from pipeline.training.policy import PolicyResult
 from schemas import (
+    AlignedReward,
     KlSequence,
     LabelSequence,
     LossLandscape,
@@ -139,8 +145,9 @@ class ReportResult:
 def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     """`pairs` to `sequences`, `pair_sequences`, `untokenized_pairs` and `tokenizations`.
 
-    And `kl_sequences` for every objective whose loss has a KL term. The chat template is the
-    plan's first model's; the others must share its tokeniser.
+    And `labels` to `label_sequences` and `untokenized_labels`, and `kl_sequences` for every
+    objective whose loss has a KL term. The chat template is the plan's first model's; the others
+    must share its tokeniser.
 
     Raises:
         ModelError: no usable tokeniser or template, or two models' tokenisers differ.
@@ -170,14 +177,15 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     with sorted_rows(polars_schema(Sequence), store.directory) as rows:
         ways = pair_ways(counted_pairs(), encoder, rows.add)
         if is_published(store, "labels"):
-            labels = label_ways(read_pieces(store, "labels"), encoder, rows.add)
+            pieces = _limited_pieces(store, plan.limit_pairs, "labels", "label_id")
+            labels = label_ways(pieces, encoder, rows.add)
             publish(store, "label_sequences", labels.ways, LabelSequence)
             publish(store, "untokenized_labels", labels.untokenized, UntokenizedLabel)
         sequences = publish_pieces(store, "sequences", counted(rows.pieces()), Sequence)
+    pair_sequences = publish(store, "pair_sequences", ways.ways, PairSequence)
     kl = {
         name: kl_rows(
-            read(store, "pairs"),
-            ways.ways,
+            read_preferences(store).read_by(objective),
             read(store, "sequences"),
             partner=objective.kl_partner,
             training=plan.training,
@@ -199,7 +207,7 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     return TokenizeResult(
         n_pairs=n_pairs,
         sequences=sequences,
-        pair_sequences=publish(store, "pair_sequences", ways.ways, PairSequence),
+        pair_sequences=pair_sequences,
         untokenized=publish(store, "untokenized_pairs", ways.untokenized, UntokenizedPair),
         tokenization_id=identity["tokenization_id"][0],
         n_tokens=n_tokens,
@@ -211,15 +219,31 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
 
 
 def score(plan: Plan, store: Store, name: str) -> ScoringResult:
-    """Score what is wanted of a model or a trained policy of the plan."""
+    """Score what is wanted of a model or a trained policy of the plan.
+
+    Raises:
+        ScoringError: there is nothing to score; or see `score_sequences`.
+    """
     config, checkpoint = scored_by(plan, store, name)
     sequences = wanted_sequences(plan, store, name)
+    if sequences.is_empty():
+        raise ScoringError(
+            f"'{name}' has nothing to score: no pair was tokenised, nor a label that it reads"
+        )
     result = None
     if plan.scoring.accept_equivalent is not None:
         result = _reused(plan, store, name, sequences, plan.scoring.accept_equivalent)
     if result is None:
         key = scorer_key(store, config, checkpoint)
-        result = score_sequences(name, key, config, checkpoint, sequences, plan.scoring)
+        result = score_sequences(
+            name,
+            key,
+            config,
+            checkpoint,
+            sequences,
+            plan.scoring,
+            extras=wanted_extras(plan, name),
+        )
     publish(store, "scorers", scorers(store.ledger), Scorer)
     return result
 
@@ -252,16 +276,26 @@ def _reused(
 
 
 def scored_rows(plan: Plan, store: Store, name: str, key: ScorerKey) -> ScoredRows:
-    """Read the ledger back and say what it holds of the sequences that were wanted."""
+    """Read the ledger back and say what it holds of the sequences that were wanted.
+
+    A sequence that lacks an extra the plan wants is not held.
+    """
     wanted = wanted_sequences(plan, store, name).select("sequence_id")
-    tried = read_unscored(key).join(wanted, on="sequence_id", how="semi").head(_SHOWN)
-    held = read_logprobs(key).join(wanted, on="sequence_id", how="semi").sort("sequence_id")
+    extras = wanted_extras(plan, name)
+    tried = read_unscored(key, extras).join(wanted, on="sequence_id", how="semi").head(_SHOWN)
+    held = read_complete(key, extras).join(wanted, on="sequence_id", how="semi")
+    held = held.sort("sequence_id")
+    said = [held["sequence_id"].to_list(), held["logprob"].to_list()]
+    if extras:
+        of_extras = read_extras(key).filter(pl.col("extra").is_in(extras))
+        of_extras = of_extras.join(held, on="sequence_id", how="semi").sort("sequence_id", "extra")
+        said += [of_extras["extra"].to_list(), of_extras["total"].to_list()]
     finite = held.filter(pl.col("logprob").is_finite())
     return ScoredRows(
         n_rows=held.height,
         n_nonfinite=held.height - finite.height,
         mean=float(finite["logprob"].sum()) / max(finite.height, 1),
-        digest=content_id("scored", held["sequence_id"].to_list(), held["logprob"].to_list()),
+        digest=content_id("scored", *said),
         unscored={
             row["sequence_id"]: f"{row['rule']}: {row['detail']}"
             for row in tried.iter_rows(named=True)
@@ -297,6 +331,7 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         # KTO's weights depend on a reference point; the one the policy was last trained with.
         if (last := read(store, f"training_steps/{name}")["kl"][-1]) is not None:
             statistics["kl"] = last
+    aligned = "log_sum_squares" in wanted_extras(plan, name)
     table = reward_table(
         read(store, "pairs"),
         reported_pairs(plan, store),
@@ -309,23 +344,27 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         policy_id=identifier,
         pairs_digest=current_snapshot(store, "pairs").digest,
         noise_floor=_noise_floor(reference, policy),
+        extras=read_extras(policy) if aligned else None,
     )
-    return publish(store, f"rewards/{name}", table, Reward)
+    return publish(store, f"rewards/{name}", table, AlignedReward if aligned else Reward)
 
 
 def compute_landscape(plan: Plan, store: Store) -> LandscapeResult:
     """Every policy of the plan, as it is, under the losses and settings the plan asks for.
 
-    KTO is asked only where the policy's training has measured its reference point.
+    KTO is asked only where the policy's training has measured its reference point, WPO only where
+    policies are scored with `log_sum_squares` (`scoring.token_extras`).
 
     Raises:
         LossInputError: a loss the plan names needs numbers that the tables do not have.
     """
     config = plan.report.landscape
     strengths = read(store, "pairs").select("pair_id", "strength")
-    tables = []
+    tables = [pl.DataFrame(schema=polars_schema(LossLandscape))]
     for name in plan.policies:
         rewards = read(store, f"rewards/{name}").join(strengths, on="pair_id", how="left")
+        if rewards.is_empty():  # trained on labels alone, and asked about no pair
+            continue
         if rewards["strength"].null_count():
             rewards = rewards.drop("strength")
         known: dict[str, float] = {}
@@ -432,14 +471,16 @@ def _limited(pairs: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     return pairs.filter(pl.col("pair_id").is_in(_kept(pairs["pair_id"], limit)))
 
 
-def _limited_pieces(store: Store, limit: int | None) -> Iterator[pl.DataFrame]:
-    """The same pairs, some at a time."""
+def _limited_pieces(
+    store: Store, limit: int | None, table: str = "pairs", key: str = "pair_id"
+) -> Iterator[pl.DataFrame]:
+    """The same pairs (or labels), some at a time."""
     kept = None
     if limit is not None:
-        ids = [piece["pair_id"] for piece in read_pieces(store, "pairs", columns=["pair_id"])]
-        kept = _kept(pl.concat([pl.Series("pair_id", [], pl.String), *ids]), limit)
-    for piece in read_pieces(store, "pairs"):
-        yield piece if kept is None else piece.filter(pl.col("pair_id").is_in(kept))
+        ids = [piece[key] for piece in read_pieces(store, table, columns=[key])]
+        kept = _kept(pl.concat([pl.Series(key, [], pl.String), *ids]), limit)
+    for piece in read_pieces(store, table):
+        yield piece if kept is None else piece.filter(pl.col(key).is_in(kept))
 
 
 def _kept(ids: pl.Series, limit: int) -> list[str]:

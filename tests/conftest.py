@@ -86,6 +86,29 @@ def write_pairs(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def write_labels(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Write n labels (or the given rows), two of three desirable; returns the plan's source."""
+
+    def label(i: int) -> dict[str, Any]:
+        said = f"it is {i} because" if i % 2 else f"that depends: {i}"
+        return {
+            "prompt": [{"role": "user", "content": f"why is it {i}?"}],
+            "completion": [{"role": "assistant", "content": said}],
+            "label": i % 3 > 0,
+        }
+
+    def write(
+        n: int = 20, rows: list[dict[str, Any]] | None = None, name: str = "labels.jsonl"
+    ) -> dict[str, str]:
+        path = tmp_path / name
+        rows = rows or [label(i) for i in range(n)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"path": str(path), "shape": "unpaired"}
+
+    return write
+
+
+@pytest.fixture
 def write_plan(tmp_path: Path, tiny_model: Path, write_pairs: Callable[..., Path]) -> WritePlan:
     """Write a plan over the tiny model; keyword arguments replace its top-level sections."""
     import yaml

@@ -6,6 +6,7 @@ from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import LandscapeConfig, ReportConfig
 from pipeline.plan.sections import (
     AuditConfig,
+    Extra,
     LoraConfig,
     ModelConfig,
     ParityConfig,
@@ -20,6 +21,7 @@ from pipeline.plan.sections import (
 
 __all__ = [
     "AuditConfig",
+    "Extra",
     "LandscapeConfig",
     "LoraConfig",
     "ModelConfig",

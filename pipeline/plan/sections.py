@@ -21,6 +21,12 @@ from pipeline.plan.rounds import bases, rounds
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
 
+Extra = Literal["log_sum_squares", "entropy"]
+"""What may be computed of a scored token's distribution p over the vocabulary, nats.
+
+`log_sum_squares`: log sum_v p(v)^2 (WPO, arXiv 2406.11827). `entropy`: -sum_v p(v) log p(v).
+"""
+
 _TAKEN = ("dagster", "ledger", "models", "policies")
 """What stands in the store beside the plans' own folders (`pipeline.store.Store`)."""
 
@@ -194,10 +200,14 @@ class TrainingConfig(_Section):
     )
     lora: LoraConfig = LoraConfig()
     evaluate_every: int | None = Field(
-        default=None, ge=1, description="Steps between evaluations on held-out pairs; null: none."
+        default=None,
+        ge=1,
+        description="Steps between evaluations on held-out pairs (or labels); null: none.",
     )
     evaluation_pairs: int | None = Field(
-        default=None, ge=1, description="Held-out pairs to evaluate on, the first by hash."
+        default=None,
+        ge=1,
+        description="Held-out pairs (or labels) to evaluate on, the first by hash.",
     )
     best_metric: str = Field(
         default="eval_loss",
@@ -293,6 +303,11 @@ class ScoringConfig(_Section):
     null_test_tolerance: float | None = Field(
         default=None, gt=0, description="Nats per sequence; by dtype where null."
     )
+    token_extras: list[Extra] = Field(
+        default=[],
+        description="Computed of every scored token of a policy beside its log-prob, by the torch "
+        "engine only: `log_sum_squares` lets `loss_landscape` answer for WPO.",
+    )
     parity: ParityConfig | None = None
     accept_equivalent: float | None = Field(
         default=None,
@@ -305,7 +320,7 @@ class ScoringConfig(_Section):
         default=None,
         ge=0,
         description="Training pairs that policies are scored and reported on, the first by their "
-        "ids' hash; null: all. Held-out pairs are always scored.",
+        "ids' hash; null: all. Held-out pairs are always scored. Of labels it is the same.",
     )
 
     def tolerance(self, dtype: str) -> float:
@@ -326,7 +341,7 @@ class Plan(_Section):
     sources: dict[Name, SourceConfig] = {}
     evaluation: dict[Name, SourceConfig] = {}
     limit_pairs: int | None = Field(
-        default=None, ge=1, description="Go on with this many pairs, chosen by their ids' hash."
+        default=None, ge=1, description="Go on with this many pairs (and labels), chosen by hash."
     )
     rules: dict[str, RuleConfig] = {}
     split: SplitConfig = SplitConfig()
@@ -395,6 +410,18 @@ class Plan(_Section):
                 "is for plans without objectives and parity: what is trained or compared is "
                 "computed in the numerics of today",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _extras_can_be_computed(self) -> "Plan":
+        if self.scoring.token_extras:
+            for policy in self.policies:
+                if self.models[name := self.reference_of(policy)].engine == "vllm":
+                    raise fault(
+                        "scoring.token_extras",
+                        f"'{policy}' is scored as its reference '{name}' is, by vLLM, and only "
+                        "the torch engine computes them",
+                    )
         return self
 
     @model_validator(mode="after")

@@ -1,21 +1,24 @@
 """Training an objective of a plan: what its loss needs is gathered from the tables, or scored."""
 
-from functools import partial
+import logging
 
 import polars as pl
 
 from pipeline.errors import TrainingError
-from pipeline.ids import unit_interval
 from pipeline.models import Checkpoint
 from pipeline.names import key_of, scored_by, wanted_sequences
 from pipeline.plan import ModelConfig, Plan
 from pipeline.scoring.ledger import ScorerKey, read_logprobs
 from pipeline.scoring.run import score_sequences, scorer_key
 from pipeline.store import Store, read
+from pipeline.training.data.balance import class_balance
 from pipeline.training.data.correction import Correction, correct_reference
-from pipeline.training.data.examples import Example, training_pairs
+from pipeline.training.data.examples import Example, training_examples
+from pipeline.training.data.preferences import read_preferences
 from pipeline.training.policy import PolicyResult, policy_id, train_policy
 from pipeline.training.run.loop import Job
+
+_log = logging.getLogger(__name__)
 
 
 def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
@@ -42,20 +45,17 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     if correction is None and not planned.numerics.comparable(here.numerics):
         tolerance = max(tolerance, _parity_tolerance(plan, objective.start))
     kl = read(store, f"kl_sequences/{name}") if objective.spec.needs_kl else None
-    pairs, ways = read(store, "pairs"), read(store, "pair_sequences")
+    preferences = read_preferences(store)
     sequences = wanted_sequences(plan, store, objective.reference)
-    with_strength = "strength" in objective.spec.needs
-    examples = training_pairs(pairs, ways, sequences, reference, kl, with_strength=with_strength)
+    examples = training_examples(objective, preferences, sequences, reference, kl)
     held_out: list[Example] = []
     if plan.training.evaluate_every is not None:
-        held_out = training_pairs(
-            _held_out(pairs, ways, plan.training.evaluation_pairs),
-            ways,
-            sequences,
-            reference,
-            split="test",
-            with_strength=with_strength,
-        )
+        kept = preferences.of_splits("test").read_by(objective)
+        kept = kept.first(plan.training.evaluation_pairs, "evaluated")
+        held_out = training_examples(objective, kept, sequences, reference, split="test")
+    balance = class_balance(examples, objective.values)
+    if balance is not None and balance.advice is not None:
+        _log.warning("objective '%s': %s", name, balance.advice)
     identifier = policy_id(here, reference_key, objective, plan.training, examples, held_out)
     job = Job(
         name,
@@ -70,15 +70,6 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
         store.policies / ".checkpoints" / identifier,
     )
     return train_policy(store, identifier, job, correction)
-
-
-def _held_out(pairs: pl.DataFrame, ways: pl.DataFrame, most: int | None) -> pl.DataFrame:
-    """The tokenised pairs of the `test` split, at most so many, always the same ones."""
-    test = pairs.filter(split="test").join(ways.select("pair_id"), on="pair_id", how="semi")
-    if most is None:
-        return test
-    kept = sorted(test["pair_id"], key=partial(unit_interval, salt="evaluated"))[:most]
-    return test.filter(pl.col("pair_id").is_in(kept))
 
 
 def _corrected(
@@ -123,9 +114,7 @@ def _trained_on(plan: Plan, store: Store, name: str) -> pl.DataFrame:
     """The sequences training reads: its splits', and mismatched replies."""
     objective = plan.objectives[name]
     splits = ["train", "test"] if plan.training.evaluate_every is not None else ["train"]
-    train = read(store, "pairs").filter(pl.col("split").is_in(splits))
-    ways = read(store, "pair_sequences").join(train, on="pair_id", how="semi")
-    ids = [*ways["chosen_id"], *ways["rejected_id"]]
+    ids = read_preferences(store).read_by(objective).of_splits(*splits).sequence_ids
     if objective.spec.needs_kl:
         ids += read(store, f"kl_sequences/{name}")["sequence_id"].to_list()
     wanted = wanted_sequences(plan, store, objective.reference)

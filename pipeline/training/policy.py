@@ -14,6 +14,7 @@ from pipeline.models import identify, publish_directory
 from pipeline.plan import ObjectiveConfig, TrainingConfig
 from pipeline.scoring.ledger import ScorerKey
 from pipeline.store import Store, checked, file_digest, read_snapshot, write_parquet
+from pipeline.training.data.balance import ClassBalance, class_balance
 from pipeline.training.data.correction import Correction
 from pipeline.training.data.examples import Example, values_digest
 from pipeline.training.run.devices import Devices
@@ -29,7 +30,8 @@ TRAINER_VERSION = 3
 class PolicyResult:
     """A policy on disk; `trained` is false if it was there already.
 
-    Its weights are those after step `kept`: the last, or the best evaluated.
+    Its weights are those after step `kept`: the last, or the best evaluated. `balance` is None
+    for a loss without a weight for a class of rows.
     """
 
     policy_id: str
@@ -40,6 +42,7 @@ class PolicyResult:
     first_step: FirstStep
     correction: Correction | None
     kept: int
+    balance: ClassBalance | None
 
 
 def policy_id(
@@ -135,6 +138,7 @@ def _save(
             with (temporary / f"{name}.parquet").open("wb") as sink:
                 write_parquet(sink, checked(name, rows, schema), name)
             digests[name] = file_digest(temporary / f"{name}.parquet")
+        balance = class_balance(job.examples, job.objective.values)
         record = {
             "policy_id": identifier,
             "objective": {"name": job.name, **job.objective.model_dump()},
@@ -145,6 +149,7 @@ def _save(
             "first_step": trained.first_step.to_dict(),
             "reference_correction": correction and correction.to_dict(),
             "kept": trained.kept,
+            "class_balance": balance and balance.to_dict(),
             "blake3": digests,
         }
         (temporary / "policy.json").write_text(json.dumps(record, indent=2, sort_keys=True))
@@ -166,17 +171,19 @@ _TABLES: dict[str, tuple[str, type[Table]]] = {
 def load_policy(directory: Path, *, trained: bool) -> PolicyResult:
     """A finished policy's tables and record."""
     record = json.loads((directory / "policy.json").read_text())
-    tables = [
+    steps, evaluations = (
         read_snapshot(directory / f"{name}.parquet", name, record["blake3"][name])
         for name in _TABLES
-    ]
-    corrected = record["reference_correction"]
+    )
+    corrected, balance = record["reference_correction"], record.get("class_balance")
     return PolicyResult(
         record["policy_id"],
         directory,
         trained,
-        *tables,
+        steps,
+        evaluations,
         FirstStep(**record["first_step"]),
         corrected and Correction(**corrected),
         record["kept"],
+        balance and ClassBalance(**balance),
     )

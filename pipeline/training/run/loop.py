@@ -211,7 +211,8 @@ class Run:
             self._evaluate()
         if number % config.checkpoint_every == 0 and not last:
             self._save()
-        return float(row["loss"])
+        assert metrics["loss"] is not None
+        return metrics["loss"]
 
     def finish(self) -> None:
         """Keep the best evaluated weights, where the plan asks for them."""
@@ -222,7 +223,7 @@ class Run:
     def trained(self) -> Trained:
         """What there is."""
         standing, config = self._standing, self._job.config
-        tables = [
+        steps, evaluations = (
             pl.DataFrame(
                 rows,
                 schema={k: v for k, v in polars_schema(table).items() if k != "policy_id"},
@@ -231,10 +232,12 @@ class Run:
                 (standing.rows, TrainingStep),
                 (standing.evaluations, TrainingEvaluation),
             )
-        ]
+        )
         assert standing.first_step is not None
         kept = standing.best[0] if config.keep_best and standing.best else standing.step
-        return Trained(*tables, FirstStep(**standing.first_step), self._replicas.model, kept)
+        return Trained(
+            steps, evaluations, FirstStep(**standing.first_step), self._replicas.model, kept
+        )
 
     @property
     def _most_tokens(self) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,24 +42,26 @@ class NotShared(Exception):
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some queries of one run: rows of the flat row, and the positions they have."""
+    """Some queries of one run: how many, the positions they have, and how many keys they see."""
 
-    rows: slice
+    n: int
     seen: slice
     end: int
 
 
 @dataclass(frozen=True)
-class _Piece:
-    path: "torch.Tensor"
-    tiles: tuple[_Tile, ...]
-
-
-@dataclass(frozen=True)
 class Layout:
-    """A tree as attention reads it: for every run its keys and its tiles."""
+    """A tree as attention reads it.
 
-    pieces: tuple[_Piece, ...]
+    Attributes:
+        paths: for every run the flat rows of its keys, int64 [its last tile's end], and how many of
+            them each of its tiles sees.
+        tiles: of all runs, in the order of the flat row, which they cover.
+        longest: positions of the longest path, up to its last tile's end.
+    """
+
+    paths: "tuple[tuple[torch.Tensor, tuple[int, ...]], ...]"
+    tiles: tuple[_Tile, ...]
     longest: int
 
 
@@ -71,20 +74,18 @@ def layout_of(tree: Tree, device: "torch.device") -> Layout:
 
     # Tiles make numbers independent of the batch, which only a CPU's matrix products keep.
     tile = TILE if device.type == "cpu" else 1 << 30
-    pieces = []
-    longest = 0
+    tiles, paths = [], []
     for run in tree.runs:
         length = len(run.path)
-        tiles = []
+        ends = []
         for begin in range(run.position // tile * tile, length, tile):
             first, last = max(begin, run.position), min(begin + tile, length)
-            rows = slice(run.start + first - run.position, run.start + last - run.position)
-            tiles.append(_Tile(rows, slice(first, last), min(begin + tile, _up(length))))
+            ends.append(min(begin + tile, _up(length)))
+            tiles.append(_Tile(last - first, slice(first, last), ends[-1]))
         # Keys beyond the path's end are some token's, and masked.
-        path = np.pad(run.path, (0, tiles[-1].end - length))
-        pieces.append(_Piece(torch.from_numpy(path).to(device), tuple(tiles)))
-        longest = max(longest, tiles[-1].end)
-    return Layout(tuple(pieces), longest)
+        path = np.pad(run.path, (0, ends[-1] - length))
+        paths.append((torch.from_numpy(path).to(device), tuple(ends)))
+    return Layout(tuple(paths), tuple(tiles), max(tile.end for tile in tiles))
 
 
 @contextmanager
@@ -167,23 +168,62 @@ def _attend(
         raise NotShared("its attention has a mask of its own, or dropout")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     seen, attend = attention_mask[0, 0], _tile_fused if fused and softcap is None else _tile_plain
+    # What is left of the row belongs to no run.
+    counts = [tile.n for tile in layout.tiles]
+    counts.append(query.shape[2] - sum(counts))
+    keys, values = (_gather().apply(x[0], layout.paths) for x in (key, value))
     outputs = []
-    for piece in layout.pieces:
-        keys, values = (x[0].index_select(1, piece.path) for x in (key, value))
-        for tile in piece.tiles:
-            rows, mask = query[0, :, tile.rows], seen[tile.seen, : tile.end]
-            n = rows.shape[1]
-            if missing := -n % ROWS:
-                rows = torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], dim=1)
-                mask = torch.cat([mask, mask[-1:].expand(missing, -1)])
-            attended = attend(
-                rows, keys[:, : tile.end], values[:, : tile.end], mask, scaling, softcap
-            )
-            outputs.append(attended[:, :n])
+    for tile, rows, of_keys, of_values in zip(
+        layout.tiles, torch.split(query[0], counts, 1), keys, values, strict=False
+    ):
+        mask = seen[tile.seen, : tile.end]
+        if missing := -tile.n % ROWS:
+            rows = torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], dim=1)
+            mask = torch.cat([mask, mask[-1:].expand(missing, -1)])
+        attended = attend(rows, of_keys, of_values, mask, scaling, softcap)
+        outputs.append(attended[:, : tile.n] if missing else attended)
     attended = torch.cat(outputs, dim=1)
     if padding := query.shape[2] - attended.shape[1]:  # tokens of no run, at the end
         attended = torch.nn.functional.pad(attended, (0, 0, 0, padding))
     return attended.transpose(0, 1)[None], None
+
+
+@cache
+def _gather() -> Any:
+    """The autograd function, made when torch is loaded."""
+    import torch
+
+    class Gather(torch.autograd.Function):
+        """Keys [G, T, D] as every tile sees them, [G, end, D] each.
+
+        By itself autograd would fill a row of zeros for every tile on the way back.
+        """
+
+        @staticmethod
+        def forward(
+            ctx: Any,
+            keys: torch.Tensor,
+            paths: tuple[tuple[torch.Tensor, tuple[int, ...]], ...],
+        ) -> tuple[torch.Tensor, ...]:
+            ctx.paths, ctx.shape = paths, keys.shape
+            found = []
+            for path, ends in paths:
+                of_run = keys.index_select(1, path)
+                found += [of_run[:, :end] for end in ends]
+            return tuple(found)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+            total = grads[0].new_zeros(ctx.shape)
+            rest = iter(grads)
+            for path, ends in ctx.paths:
+                of_run = total.new_zeros((total.shape[0], len(path), total.shape[2]))
+                for end in ends:
+                    of_run[:, :end] += next(rest)
+                total.index_add_(1, path, of_run)
+            return total, None
+
+    return Gather
 
 
 def _tile_fused(
