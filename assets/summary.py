@@ -15,12 +15,23 @@ def beginning(plan: Plan) -> str:
         pipeline.errors.SourceError: a source cannot be read.
     """
     lines = [f"plan '{plan.name}': {estimate(plan)}"]
-    lines += [f"  objective  {name}: {objective}" for name, objective in plan.objectives.items()]
+    lines += [
+        f"  objective  {name}: {plan.objectives[name]}{_round(plan, name)}"
+        for name in plan.policies
+        if name in plan.objectives
+    ]
     lines += [
         f"  audit      {name}: {audit.policy} against {audit.reference}"
         for name, audit in plan.audits.items()
     ]
     return "\n".join(lines)
+
+
+def _round(plan: Plan, name: str) -> str:
+    """What of other objectives' policies an objective takes."""
+    objective = plan.objectives[name]
+    said = [("from", objective.start), ("against", objective.reference)]
+    return "".join(f", {how} {base}'s policy" for how, base in said if base in plan.objectives)
 
 
 def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
@@ -41,7 +52,7 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
                 f"  scoring    {name}: {data['rows_scored']} rows scored, "
                 f"{data['rows_reused']} reused, {loaded}"
             )
-    for name in plan.objectives:
+    for name in plan.policies:
         if data := found.get((plan.name, f"policy_{name}")):
             lines.append(
                 f"  training   {name}: {data['steps']} steps, loss {data['first_loss']:.4f} -> "

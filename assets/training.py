@@ -18,6 +18,7 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
     key = dg.AssetKey([plan.name, f"policy_{name}"])
     objective = plan.objectives[name]
     models = dict.fromkeys([objective.reference, objective.start])
+    start = [f"policy_{objective.start}"] if objective.start in plan.objectives else []
 
     @dg.asset(
         key=key,
@@ -25,6 +26,7 @@ def policy(plan: Plan, name: str) -> dg.AssetsDefinition:
             *[dg.AssetKey([plan.name, f"preference_{kind}"]) for kind in objective.kinds],
             dg.AssetKey([plan.name, "sequences"]),
             *[dg.AssetKey([plan.name, f"logprobs_{model}"]) for model in models],
+            *[dg.AssetKey([plan.name, policy]) for policy in start],
         ],
         group_name=GROUP,
         kinds={"pytorch", "huggingface"},

@@ -165,30 +165,35 @@ def _passes(plan: Plan, n_pairs: int) -> Iterator[_Pass]:
     if plan.training.max_steps is not None:
         seen = min(seen, float(plan.training.max_steps * plan.training.batch_pairs))
     at_once = min(plan.model_steps, len(plan.scored_models))
+
+    def everything(name: str) -> float:
+        kl = sum(o.spec.needs_kl and o.reference == name for o in plan.objectives.values())
+        return n_pairs + n_train * kl
+
     for name in plan.scored_models:
         model = plan.models[name]
-        kl = sum(o.spec.needs_kl and o.reference == name for o in plan.objectives.values())
-        n_scored = n_pairs + n_train * kl
-        yield _Pass(model, engine_of(model), n_scored, name, at_once=at_once)
-    at_once = min(plan.model_steps, max(1, len(plan.policies)))
+        yield _Pass(model, engine_of(model), everything(name), name, at_once=at_once)
+    widest = max(map(len, plan.rounds), default=0) + len(plan.audits)
+    at_once = min(plan.model_steps, max(1, widest))
     most = plan.scoring.train_pairs
     n_reported = n_test + (n_train if most is None else min(n_train, most))
     for objective in plan.objectives.values():
         # Mismatched replies, and a first look at the step's own, are run without a gradient.
         looked_at = seen * (objective.spec.needs_kl + objective.spec.needs_batch)
-        start = plan.models[objective.start]
+        start = plan.trained_as(objective.start)
         yield _Pass(start, "torch", looked_at, trained=seen, at_once=at_once)
     for name in plan.policies:
-        reference = plan.models[plan.reference_of(name)]
+        scorer = plan.scored_as(name)
         who = name if name in plan.audits else None
-        yield _Pass(reference, engine_of(reference), n_reported, who, at_once=at_once)
+        n_scored = everything(name) if name in plan.bases else n_reported
+        yield _Pass(scorer, engine_of(scorer), n_scored, who, at_once=at_once)
     if (parity := plan.scoring.parity) is not None:
         n_compared = min(n_test, parity.max_pairs or n_test)
         compared = parity.policies or plan.policies
         references = {plan.reference_of(policy) for policy in compared}
         at_once = min(plan.model_steps, len(compared))
         for name in (*map(plan.reference_of, compared), *references):
-            yield _Pass(plan.models[name], parity.engine, n_compared, at_once=at_once)
+            yield _Pass(plan.scored_as(name), parity.engine, n_compared, at_once=at_once)
 
 
 def _measure(plan: Plan) -> tuple[int, float, float]:

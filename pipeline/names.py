@@ -2,12 +2,14 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import polars as pl
 
 from pipeline.errors import StoreError
+from pipeline.export.merged import merged_policy, read_record
 from pipeline.ids import unit_interval
-from pipeline.models import Checkpoint, policy_checkpoint, resolve
+from pipeline.models import Checkpoint, identify, policy_checkpoint, resolve
 from pipeline.plan import Extra, ModelConfig, Plan
 from pipeline.scoring.ledger import (
     ScorerKey,
@@ -30,22 +32,42 @@ def store_of(plan: Plan) -> Store:
 def scored_by(plan: Plan, store: Store, name: str) -> tuple[ModelConfig, Checkpoint]:
     """The checkpoint behind a name and how it is run: a model's, an objective's or audit's policy.
 
-    A policy is scored in its reference's numerics, since the two are subtracted.
+    A policy is scored in its reference's numerics, since the two are subtracted. One that is
+    another objective's reference or start is scored merged, as the model the other is trained from:
+    an adapter that is applied rounds otherwise, and a policy that has not moved from its start must
+    be exactly 0 from it. So it is one model in every role, in its own rewards too.
 
     Raises:
-        StoreError: the policy is not trained, or its files are gone.
+        StoreError: the policy is not trained, its files are gone, or its start is another by now.
+        ModelError: it is to be merged and cannot be.
     """
     if name in plan.models:
         return plan.models[name], resolve(plan.models[name], store)
     if name in plan.audits:
         audit = plan.audits[name]
         return plan.models[audit.reference], resolve(plan.models[audit.policy], store)
-    objective = plan.objectives[name]
+    directory, start = policy_of(plan, store, name)
+    if name in plan.bases:
+        return plan.scored_as(name), Checkpoint(merged_policy(store, directory, start.path))
+    return plan.scored_as(name), policy_checkpoint(start.path, directory)
+
+
+def policy_of(plan: Plan, store: Store, name: str) -> tuple[Path, Checkpoint]:
+    """Where an objective's policy is, and the model it was trained from.
+
+    Raises:
+        StoreError: the policy is not trained, its files are gone, or its start is another by now.
+    """
     directory = store.policies / policy_id_of(store, name)
     if not directory.exists():
         raise StoreError(f"{directory}: the policy of objective '{name}' is missing; train it")
-    start = resolve(plan.models[objective.start], store)
-    return plan.models[objective.reference], policy_checkpoint(start.path, directory)
+    _, start = scored_by(plan, store, plan.objectives[name].start)
+    if read_record(directory)["start_model_id"] != identify(start, store).model_id:
+        raise StoreError(
+            f"{directory}: the policy of objective '{name}' was trained from another "
+            f"'{plan.objectives[name].start}' than there is now; train it again"
+        )
+    return directory, start
 
 
 def key_of(plan: Plan, store: Store, name: str) -> tuple[ScorerKey, Checkpoint]:
@@ -113,6 +135,14 @@ def policy_id_of(store: Store, name: str) -> str:
     return str(json.loads(pointer.read_text())["policy_id"])
 
 
+def described(plan: Plan, store: Store, name: str) -> str:
+    """What a name stands for, without the machine it is on, as records and reports have it."""
+    if name in plan.objectives:
+        return f"{name}: the policy {policy_id_of(store, name)}"
+    checkpoint = plan.models[name].checkpoint
+    return f"{name}: {Path(checkpoint).name if Path(checkpoint).exists() else checkpoint}"
+
+
 def reported_pairs(plan: Plan, store: Store) -> pl.DataFrame:
     """The pairs policies are scored and reported on, as `schemas.PairSequence`.
 
@@ -136,11 +166,11 @@ def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
 
     The reference of a loss with a KL term scores that loss's mismatched replies too; the policy
     scores them while it is trained. A policy scores the pairs it is reported on, and the labels if
-    it could be trained on any.
+    it could be trained on any; one that is another's reference or start all that a model scores.
     """
     sequences, preferences = read(store, "sequences"), read_preferences(store)
     labels = preferences.label_sequences
-    if name in plan.policies:
+    if name in plan.policies and name not in plan.bases:
         ways = reported_pairs(plan, store)
         ids = [*ways["chosen_id"], *ways["rejected_id"]]
         if name in plan.objectives and plan.objectives[name].reads_labels:

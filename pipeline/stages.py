@@ -1,7 +1,8 @@
 """The stages of a plan, each from published tables to published tables.
 
 `intake.run_intake` comes first; then `tokenize`, `score` for every model, `train` and `score` for
-every objective, `score` for every audit, `compute_rewards` and `write_report` for both. Every stage
+every objective, `score` for every audit, `compute_rewards` and `write_report` for both; in the
+order of `Plan.policies`, where an objective comes after those whose policies it needs. Every stage
 can run again: what is there already is not computed twice.
 """
 
@@ -19,6 +20,7 @@ from pipeline.landscape import answerable, landscape, landscape_png
 from pipeline.losses import REGISTRY
 from pipeline.models import load_tokenizer, resolve
 from pipeline.names import (
+    described,
     earlier_key,
     key_of,
     policy_id_of,
@@ -27,7 +29,7 @@ from pipeline.names import (
     wanted_extras,
     wanted_sequences,
 )
-from pipeline.plan import ModelConfig, ObjectiveConfig, Plan
+from pipeline.plan import ObjectiveConfig, Plan
 from pipeline.report import RenderedReport, ReportInput, render
 from pipeline.rewards import reward_table
 from pipeline.rules import rule_table
@@ -406,7 +408,7 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
         "pairs": current_snapshot(store, "pairs").digest,
         "rewards": current_snapshot(store, f"rewards/{name}").digest,
         "tokenisation": read(store, "tokenizations")["tokenization_id"][0],
-        "reference": f"{against}: {_shown(plan.models[against])}",
+        "reference": described(plan, store, against),
         "reference model id": reference.model.model_id,
         "policy model id": policy.model.model_id,
         "numerics id": reference.numerics.numerics_id,
@@ -414,13 +416,13 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
         f"{reference.numerics.body_dtype}, {reference.numerics.device_class}",
     }
     if name in plan.audits:
-        audited = plan.audits[name].policy
-        identities["policy"] = f"{audited}: {_shown(plan.models[audited])}"
+        identities["policy"] = described(plan, store, plan.audits[name].policy)
         loss, has_reference = {}, True
         steps = pl.DataFrame(schema=polars_schema(TrainingStep))
     else:
         identities |= {"policy id": policy_id_of(store, name), "seed": str(plan.training.seed)}
         objective = plan.objectives[name]
+        identities["start"] = described(plan, store, objective.start)
         loss, has_reference = _loss(objective), objective.spec.needs_reference
         steps = read(store, f"training_steps/{name}")
     left_out = pairs.height - _limited(pairs, plan.limit_pairs).height
@@ -490,11 +492,6 @@ def _noise_floor(*keys: ScorerKey) -> float | None:
     records = [last_trust(key) for key in keys]
     floors = [record["noise_floor"] for record in records if record is not None]
     return max(floors) if len(floors) == len(keys) else None
-
-
-def _shown(config: ModelConfig) -> str:
-    """A checkpoint's name without the machine it is on."""
-    return Path(config.checkpoint).name if Path(config.checkpoint).exists() else config.checkpoint
 
 
 def _pointer(store: Store, name: str, snapshot: Snapshot) -> Path:

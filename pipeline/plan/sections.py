@@ -17,6 +17,7 @@ from pipeline.ids import content_id
 from pipeline.plan.faults import SECTION, Name, fault
 from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import ReportConfig
+from pipeline.plan.rounds import bases, rounds
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
 
@@ -371,18 +372,21 @@ class Plan(_Section):
     def _names_agree(self) -> "Plan":
         if not self.sources and not self.evaluation:
             raise fault("sources", "there is none, and no evaluation source either")
-        said = [(f"objectives.{n}.reference", o.reference) for n, o in self.objectives.items()]
-        said += [(f"objectives.{n}.start", o.start) for n, o in self.objectives.items()]
-        said += [(f"audits.{n}.reference", a.reference) for n, a in self.audits.items()]
-        said += [(f"audits.{n}.policy", a.policy) for n, a in self.audits.items()]
-        for key, model in said:
-            if model not in self.models:
-                known = ", ".join(self.models)
-                raise fault(key, f"'{model}' is not one of the models: {known}")
-        for policy in (self.scoring.parity and self.scoring.parity.policies) or ():
-            if policy not in self.policies:
-                known = ", ".join(self.policies)
-                raise fault("scoring.parity.policies", f"'{policy}' is not one of {known}")
+        either: Mapping[str, Any] = {**self.models, **self.objectives}
+        said: list[tuple[str, str, Mapping[str, Any]]] = [
+            (f"objectives.{name}.{role}", getattr(objective, role), either)
+            for role in ("reference", "start")
+            for name, objective in self.objectives.items()
+        ]
+        said += [
+            (f"audits.{name}.{role}", getattr(audit, role), self.models)
+            for role in ("reference", "policy")
+            for name, audit in self.audits.items()
+        ]
+        for key, name, known in said:
+            if name not in known:
+                kinds = "models and objectives" if known is either else "models"
+                raise fault(key, f"'{name}' is not one of the {kinds}: {', '.join(known)}")
         for section, what, left, right in (
             ("objectives", "a model and an objective", self.models, self.objectives),
             ("audits", "a model and an audit", self.models, self.audits),
@@ -391,6 +395,11 @@ class Plan(_Section):
         ):
             if both := sorted(set(left) & set(right)):
                 raise fault(f"{section}.{both[0]}", f"names {what}; names must differ")
+        policies = self.policies  # objectives that go round in a circle are refused here
+        for policy in (self.scoring.parity and self.scoring.parity.policies) or ():
+            if policy not in policies:
+                known_policies = ", ".join(policies)
+                raise fault("scoring.parity.policies", f"'{policy}' is not one of {known_policies}")
         return self
 
     @model_validator(mode="after")
@@ -439,8 +448,18 @@ class Plan(_Section):
 
     @property
     def policies(self) -> list[str]:
-        """What there are rewards and a report of: objectives, then audits."""
-        return [*self.objectives, *self.audits]
+        """What there are rewards and a report of: objectives round by round, then audits."""
+        return [*(name for one in self.rounds for name in one), *self.audits]
+
+    @property
+    def rounds(self) -> list[list[str]]:
+        """The objectives, each after those whose policies it needs."""
+        return rounds(self.objectives)
+
+    @property
+    def bases(self) -> set[str]:
+        """The objectives whose policy is another's reference or start."""
+        return bases(self.objectives)
 
     @property
     def scored_models(self) -> list[str]:
@@ -452,10 +471,26 @@ class Plan(_Section):
         return [name for name in self.models if name in used or name not in audited]
 
     def reference_of(self, policy: str) -> str:
-        """The model a policy is reported against."""
+        """The model, or the objective whose policy it is, that a policy is reported against."""
         if policy in self.objectives:
             return self.objectives[policy].reference
         return self.audits[policy].reference
+
+    def scored_as(self, name: str) -> ModelConfig:
+        """How a model or policy is run where it is scored.
+
+        A policy as its reference is, since the two are subtracted; whole rounds so have one
+        numerics, that of the model they are all measured against in the end.
+        """
+        while name not in self.models:
+            name = self.reference_of(name)
+        return self.models[name]
+
+    def trained_as(self, start: str) -> ModelConfig:
+        """How a start is run in training: a policy as it was trained itself."""
+        while start not in self.models:
+            start = self.objectives[start].start
+        return self.models[start]
 
     @property
     def digest(self) -> str:

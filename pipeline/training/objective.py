@@ -30,7 +30,7 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     """
     objective = plan.objectives[name]
     # The trainer is torch, whatever engine scores the start.
-    start_config = plan.models[objective.start].model_copy(update={"engine": "torch"})
+    start_config = plan.trained_as(objective.start).model_copy(update={"engine": "torch"})
     planned, start = key_of(plan, store, objective.start)
     here = scorer_key(store, start_config, start)
     start_logprobs, tolerance = read_logprobs(planned), plan.scoring.tolerance(start_config.dtype)
@@ -42,7 +42,7 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
             reference, correction, start_logprobs = _corrected(
                 plan, store, name, start_config, start, here, reference_key, reference
             )
-    elif not planned.numerics.comparable(here.numerics):
+    if correction is None and not planned.numerics.comparable(here.numerics):
         tolerance = max(tolerance, _parity_tolerance(plan, objective.start))
     kl = read(store, f"kl_sequences/{name}") if objective.spec.needs_kl else None
     preferences = read_preferences(store)
@@ -123,5 +123,5 @@ def _trained_on(plan: Plan, store: Store, name: str) -> pl.DataFrame:
 
 def _parity_tolerance(plan: Plan, model: str) -> float:
     """What two engines may differ by on the start, nats per sequence."""
-    config = plan.models[model]
+    config = plan.scored_as(model)
     return 5e-3 if config.dtype == "float32" else plan.scoring.tolerance(config.dtype)

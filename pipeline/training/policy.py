@@ -10,7 +10,7 @@ import polars as pl
 
 from pipeline.errors import TrainingError
 from pipeline.ids import content_id
-from pipeline.models import publish_directory
+from pipeline.models import identify, publish_directory
 from pipeline.plan import ObjectiveConfig, TrainingConfig
 from pipeline.scoring.ledger import ScorerKey
 from pipeline.store import Store, checked, file_digest, read_snapshot, write_parquet
@@ -132,7 +132,7 @@ def _save(
         for pattern in ("*token*", "chat_template*"):
             for file in job.start.path.glob(pattern):
                 shutil.copy(file, temporary)
-        digests = {}
+        digests = {file.name: file_digest(file) for file in temporary.glob("*.safetensors")}
         for name, (table, schema) in _TABLES.items():
             rows = getattr(trained, table).select(pl.lit(identifier).alias("policy_id"), pl.all())
             with (temporary / f"{name}.parquet").open("wb") as sink:
@@ -144,6 +144,8 @@ def _save(
             "objective": {"name": job.name, **job.objective.model_dump()},
             "training": job.config.model_dump(),
             "start": str(job.start.path),
+            "start_model_id": identify(job.start, store).model_id,
+            "dtype": job.numerics.dtype,
             "first_step": trained.first_step.to_dict(),
             "reference_correction": correction and correction.to_dict(),
             "kept": trained.kept,
