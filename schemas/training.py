@@ -28,6 +28,17 @@ class TrainingStep(Table):
     )
     logps_chosen: Series[pl.Float64] = pa.Field(alias="logps/chosen", nullable=True)
     logps_rejected: Series[pl.Float64] = pa.Field(alias="logps/rejected", nullable=True)
+    entropy: float | None = pa.Field(
+        nullable=True,
+        ge=0,
+        description="Mean over scored tokens, nats; null unless `training.token_statistics`.",
+    )
+    mean_token_accuracy: float | None = pa.Field(
+        nullable=True,
+        ge=0,
+        le=1,
+        description="Share of preferred replies' tokens that the policy would have chosen.",
+    )
     kl: float | None = pa.Field(
         nullable=True,
         ge=0,
@@ -59,3 +70,5 @@ class TrainingEvaluation(Table):
     )
     eval_logps_chosen: Series[pl.Float64] = pa.Field(alias="eval_logps/chosen", nullable=True)
     eval_logps_rejected: Series[pl.Float64] = pa.Field(alias="eval_logps/rejected", nullable=True)
+    eval_entropy: float | None = pa.Field(nullable=True, ge=0)
+    eval_mean_token_accuracy: float | None = pa.Field(nullable=True, ge=0, le=1)

@@ -235,6 +235,9 @@ class TrainingConfig(_Section):
         default=None, ge=1, description="Copies of the model's modules; null: what suits a CPU."
     )
     processes: int = Field(default=1, ge=1, description="Started by torchrun, one a device.")
+    token_statistics: bool = Field(
+        default=False, description="Whether entropy and token accuracy are computed and logged."
+    )
     log_to: list[Literal["tensorboard", "wandb"]] = Field(
         default=[], description="Experiment trackers, which must be installed."
     )
@@ -258,7 +261,7 @@ _EVALUATION = {"evaluate_every", "evaluation_pairs", "best_metric", "keep_best",
 # Whether a reference was corrected shows in its values.
 _NOT_WEIGHTS = {
     *("reference_correction", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"),
-    *("micro_batch_tokens", "threads", "processes", "log_to"),
+    *("micro_batch_tokens", "threads", "processes", "log_to", "token_statistics"),
 }
 
 

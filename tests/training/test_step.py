@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.models import Checkpoint
 from pipeline.names import key_of
-from pipeline.plan import Plan, TrainingConfig
+from pipeline.plan import Plan, TrainingConfig, load_plan
 from pipeline.scoring.ledger import read_logprobs
+from pipeline.stages import train
 from pipeline.store import Store, read
 from pipeline.training.data.examples import Example, training_pairs
+from pipeline.training.data.schedule import step_ids
 from pipeline.training.run.model import trainable_model
 from pipeline.training.run.replicas import Replicas, divide
 
@@ -151,3 +153,36 @@ def test_parts_are_of_about_the_same_size_and_lose_nobody() -> None:
     assert divide(costs, 10**9, 2) != divide(costs, 10**9, 3)
     assert [len(part) for part in divide([5], 1, 4)] == [1]
     assert divide(costs, 256, 2) == parts, "always the same"
+
+
+def test_entropy_and_token_accuracy_are_trls(write_plan: WritePlan, tmp_path: Path) -> None:
+    """Of the first step, whose model is the start in both; over the whole vocabulary by hand."""
+    plan, store = prepared(
+        write_plan(training={"batch_pairs": 4, "max_steps": 2, "token_statistics": True})
+    )
+
+    result = train(plan, store, "dpo")
+    first = result.steps.row(0, named=True)
+    reference, _ = key_of(plan, store, "base")
+    pairs = training_pairs(
+        *(read(store, name) for name in ("pairs", "pair_sequences", "sequences")),
+        read_logprobs(reference),
+    )
+    by_id = {pair.example_id: pair for pair in pairs}
+    (batch, *_) = step_ids({i: e.n_tokens for i, e in by_id.items()}, plan.training)
+    model = AutoModelForCausalLM.from_pretrained(plan.models["base"].checkpoint).double()
+    entropies, hits = [], []
+    for example in (by_id[i] for i in batch):
+        for reply in example.replies:
+            ids = torch.tensor([[*example.prompt_ids, *reply.ids]])
+            logits = model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1].detach()
+            logprobs = torch.log_softmax(logits, -1)
+            entropies += (-(logprobs.exp() * logprobs).sum(-1)).tolist()
+            if reply is example.replies[0]:
+                hits += (logits.argmax(-1) == torch.from_numpy(reply.ids.astype("int64"))).tolist()
+    assert first["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+    assert first["mean_token_accuracy"] == pytest.approx(sum(hits) / len(hits))
+    off = train(
+        load_plan(Path(write_plan(training={"batch_pairs": 4, "max_steps": 2}))), store, "dpo"
+    )
+    assert off.policy_id == result.policy_id, "they decide no weight"

@@ -171,9 +171,10 @@ class Run:
                 report,
                 gather=self._devices.gather,
                 scale=self._devices.scale,
+                token_statistics=config.token_statistics,
             )
         seen = self._devices.in_order(result.seen, len(batch))
-        metrics = means_of(seen, shares_of(batch))
+        metrics = means_of(seen, batch, shares_of(batch))
         if standing.first_step is None:
             gate = compare_first_step(batch, seen, job.start_logprobs, job.tolerance)
             standing.first_step = gate.to_dict()
@@ -260,13 +261,17 @@ class Run:
                 self._most_tokens,
                 lambda rows, tokens: None,
                 gather=self._devices.gather,
+                token_statistics=config.token_statistics,
                 train=False,
             )
         seen = self._devices.in_order(result.seen, len(job.held_out))
         row = {
             "step": standing.step,
             "n": len(seen),
-            **{f"eval_{k}": v for k, v in means_of(seen, shares_of(job.held_out)).items()},
+            **{
+                f"eval_{k}": v
+                for k, v in means_of(seen, job.held_out, shares_of(job.held_out)).items()
+            },
         }
         standing.evaluations.append(row)
         self._devices.log(row, standing.step)
