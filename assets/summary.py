@@ -39,12 +39,7 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
             )
     for name in plan.objectives:
         if data := found.get((plan.name, f"policy_{name}")):
-            lines.append(
-                f"  training   {name}: {data['steps']} steps, loss {data['first_loss']:.4f} -> "
-                f"{data['last_loss']:.4f}, accuracy at step 1 {data['first_accuracy']:g}"
-                if data["trained"]
-                else f"  training   {name}: nothing trained, the policy was there already"
-            )
+            lines.append(f"  training   {name}: {_training(data)}")
     for check in result.get_asset_check_evaluations():
         if check.check_name == "engines_agree":
             lines.append(_agreement(check))
@@ -59,6 +54,18 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
             lines += [f"  report     {data['report']}", f"  numbers    {data['json']}"]
     lines.append(f"  tables     {plan.store / plan.name}")
     return "\n".join(lines)
+
+
+def _training(policy: dict[str, Any]) -> str:
+    """What became of a policy, by its asset's metadata."""
+    if policy["kept"]:
+        return f"nothing trained, the policy is kept: {policy['kept_because']}"
+    if not policy["trained"]:
+        return "nothing trained, the policy was there already"
+    return (
+        f"{policy['steps']} steps, loss {policy['first_loss']:.4f} -> {policy['last_loss']:.4f}, "
+        f"accuracy at step 1 {policy['first_accuracy']:g}"
+    )
 
 
 def _metadata(result: dg.JobExecutionResult) -> dict[tuple[str, ...], dict[str, Any]]:

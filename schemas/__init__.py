@@ -24,7 +24,7 @@ from schemas.sequences import (
     UntokenizedLabel,
     UntokenizedPair,
 )
-from schemas.training import TrainingEvaluation, TrainingStep
+from schemas.training import TrainedExample, TrainingEvaluation, TrainingStep
 
 __all__ = [
     "MESSAGES",
@@ -49,6 +49,7 @@ __all__ = [
     "Table",
     "TokenLogProb",
     "Tokenization",
+    "TrainedExample",
     "TrainingEvaluation",
     "TrainingStep",
     "UnitCandidate",

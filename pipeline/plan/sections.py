@@ -17,6 +17,7 @@ from pipeline.ids import content_id
 from pipeline.plan.faults import SECTION, Name, fault
 from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import ReportConfig
+from pipeline.plan.selection import require_selectable
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
 
@@ -192,6 +193,21 @@ class TrainingConfig(_Section):
         "into the trainer's, or refused.",
     )
     lora: LoraConfig = LoraConfig()
+    where: str | None = Field(
+        default=None,
+        description="Which pairs of the training split are trained on: a condition in SQL over "
+        "`pairs` and rewards (docs/selection.md); null: all.",
+    )
+    weight: str | None = Field(
+        default=None,
+        description="How much each of them counts beside the others of its step: a number above "
+        "0 in SQL; null: all the same.",
+    )
+    retrain: Literal["always", "never"] | dict[str, int] = Field(
+        default="always",
+        description="Whether other data is a reason to train a policy anew: always, never, or "
+        "{min_new_pairs: N}. A change of the plan always is.",
+    )
     evaluate_every: int | None = Field(
         default=None, ge=1, description="Steps between evaluations on held-out pairs; null: none."
     )
@@ -236,6 +252,18 @@ class TrainingConfig(_Section):
             said = {k: v for k, v in said.items() if k not in _EVALUATION}
         return said
 
+    @field_validator("retrain", mode="before")
+    @classmethod
+    def _retrain_is_known(cls, given: Any) -> Any:
+        match given:
+            case "always" | "never":
+                return given
+            case {"min_new_pairs": int(n)} if len(given) == 1 and n >= 1 and n is not True:
+                return given
+        raise ValueError(
+            f"{given!r} is not one of always, never, {{min_new_pairs: N}} with N at least 1"
+        )
+
     @model_validator(mode="after")
     def _best_is_looked_for(self) -> "TrainingConfig":
         if (self.keep_best or self.patience) and self.evaluate_every is None:
@@ -248,6 +276,8 @@ _EVALUATION = {"evaluate_every", "evaluation_pairs", "best_metric", "keep_best",
 _NOT_WEIGHTS = {
     *("reference_correction", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"),
     *("micro_batch_tokens", "threads", "processes", "log_to"),
+    # What they select shows in the values.
+    *("where", "weight", "retrain"),
 }
 
 
@@ -386,6 +416,11 @@ class Plan(_Section):
                 "is for plans without objectives and parity: what is trained or compared is "
                 "computed in the numerics of today",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_can_be_selected(self) -> "Plan":
+        require_selectable(self)
         return self
 
     @model_validator(mode="after")

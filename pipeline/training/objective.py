@@ -1,5 +1,6 @@
 """Training an objective of a plan: what its loss needs is gathered from the tables, or scored."""
 
+from dataclasses import replace
 from functools import partial
 
 import polars as pl
@@ -14,38 +15,54 @@ from pipeline.scoring.run import score_sequences, scorer_key
 from pipeline.store import Store, read
 from pipeline.training.data.correction import Correction, correct_reference
 from pipeline.training.data.examples import Example, training_pairs
-from pipeline.training.policy import PolicyResult, policy_id, train_policy
+from pipeline.training.data.selection import Selected, selected_pairs
+from pipeline.training.policy import PolicyResult, load_policy, policy_id, train_policy
+from pipeline.training.retrain import kept_policy, settings_of
 from pipeline.training.run.loop import Job
 
 
 def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
-    """Train the policy of an objective, or find it trained.
+    """Train the policy of an objective, find it trained, or keep the one it has.
 
     Raises:
         TrainingError: the reference was scored in other numerics than the trainer's and the plan
-            does not let it be corrected; or see `train_policy`.
+            does not let it be corrected; or see `selected_pairs` and `train_policy`.
     """
     objective = plan.objectives[name]
     # The trainer is torch, whatever engine scores the start.
     start_config = plan.models[objective.start].model_copy(update={"engine": "torch"})
     planned, start = key_of(plan, store, objective.start)
     here = scorer_key(store, start_config, start)
-    start_logprobs, tolerance = read_logprobs(planned), plan.scoring.tolerance(start_config.dtype)
-    reference_key, reference, correction = None, None, None
+    reference_key = None
     if objective.spec.needs_reference:
         reference_key, _ = key_of(plan, store, objective.reference)
+    selected = selected_pairs(plan, store, name)
+    settings = settings_of(
+        plan, store, name, here.model.model_id, reference_key and reference_key.model.model_id
+    )
+    if (kept := kept_policy(plan, store, name, settings, selected)) is not None:
+        found = load_policy(store.policies / kept.policy_id, trained=False)
+        return replace(found, selection=selected.record, retained=kept, settings=settings)
+    start_logprobs, tolerance = read_logprobs(planned), plan.scoring.tolerance(start_config.dtype)
+    reference, correction = None, None
+    if reference_key is not None:
         reference = read_logprobs(reference_key)
         if not reference_key.numerics.comparable(here.numerics):
             reference, correction, start_logprobs = _corrected(
-                plan, store, name, start_config, start, here, reference_key, reference
+                plan, store, name, start_config, start, here, reference_key, reference, selected
             )
     elif not planned.numerics.comparable(here.numerics):
         tolerance = max(tolerance, _parity_tolerance(plan, objective.start))
-    kl = read(store, f"kl_sequences/{name}") if objective.spec.needs_kl else None
+    kl = selected.of(read(store, f"kl_sequences/{name}")) if objective.spec.needs_kl else None
     pairs, ways = read(store, "pairs"), read(store, "pair_sequences")
     sequences = wanted_sequences(plan, store, objective.reference)
     with_strength = "strength" in objective.spec.needs
-    examples = training_pairs(pairs, ways, sequences, reference, kl, with_strength=with_strength)
+    examples = [
+        replace(example, weight=selected.weights.get(example.example_id, 1.0))
+        for example in training_pairs(
+            selected.of(pairs), ways, sequences, reference, kl, with_strength=with_strength
+        )
+    ]
     held_out: list[Example] = []
     if plan.training.evaluate_every is not None:
         held_out = training_pairs(
@@ -69,7 +86,8 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
         tolerance,
         store.policies / ".checkpoints" / identifier,
     )
-    return train_policy(store, identifier, job, correction)
+    result = train_policy(store, identifier, job, correction, selected.record)
+    return replace(result, selection=selected.record, settings=settings)
 
 
 def _held_out(pairs: pl.DataFrame, ways: pl.DataFrame, most: int | None) -> pl.DataFrame:
@@ -90,6 +108,7 @@ def _corrected(
     here: ScorerKey,
     reference_key: ScorerKey,
     reference: pl.DataFrame,
+    selected: Selected,
 ) -> tuple[pl.DataFrame, Correction, pl.DataFrame]:
     """The reference's log-probs in the trainer's numerics, the correction, and the start's there.
 
@@ -105,7 +124,7 @@ def _corrected(
             f"uses: {reference_key.numerics} against {here.numerics}; give both models the same "
             "dtype, engine and attention, or set training.reference_correction to auto"
         )
-    sequences = _trained_on(plan, store, name)
+    sequences = _trained_on(plan, store, name, selected)
     score_sequences(
         f"{objective.start} for training", here, start_config, start, sequences, plan.scoring
     )
@@ -119,17 +138,19 @@ def _corrected(
     return corrected, correction, start_here
 
 
-def _trained_on(plan: Plan, store: Store, name: str) -> pl.DataFrame:
-    """The sequences training reads: its splits', and mismatched replies."""
+def _trained_on(plan: Plan, store: Store, name: str, selected: Selected) -> pl.DataFrame:
+    """The sequences training reads: the selected pairs', held-out ones, mismatched replies."""
     objective = plan.objectives[name]
-    splits = ["train", "test"] if plan.training.evaluate_every is not None else ["train"]
-    train = read(store, "pairs").filter(pl.col("split").is_in(splits))
-    ways = read(store, "pair_sequences").join(train, on="pair_id", how="semi")
+    wanted = pl.col("pair_id").is_in(selected.pair_ids)
+    if plan.training.evaluate_every is not None:
+        wanted |= pl.col("split") == "test"
+    pairs = read(store, "pairs").filter(wanted)
+    ways = read(store, "pair_sequences").join(pairs, on="pair_id", how="semi")
     ids = [*ways["chosen_id"], *ways["rejected_id"]]
     if objective.spec.needs_kl:
-        ids += read(store, f"kl_sequences/{name}")["sequence_id"].to_list()
-    wanted = wanted_sequences(plan, store, objective.reference)
-    return wanted.filter(pl.col("sequence_id").is_in(ids))
+        ids += selected.of(read(store, f"kl_sequences/{name}"))["sequence_id"].to_list()
+    sequences = wanted_sequences(plan, store, objective.reference)
+    return sequences.filter(pl.col("sequence_id").is_in(ids))
 
 
 def _parity_tolerance(plan: Plan, model: str) -> float:
