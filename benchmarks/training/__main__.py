@@ -14,36 +14,19 @@ Nothing else should run meanwhile.
 import argparse
 import json
 import os
-import resource
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.gpu_check.processes import elsewhere
-from benchmarks.scoring.__main__ import prepare
-from benchmarks.scoring.work import quiet
-from pipeline.models import Checkpoint
-from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
-from pipeline.scoring.engines.base import sequence_sum
-from pipeline.scoring.engines.torch_engine import TorchEngine
+from benchmarks.training.work import STEP_PAIRS, Ran, ours, prepared, trls
+from pipeline.plan import TrainingConfig
 from pipeline.training.data.examples import Example
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _SAMPLE = _PROJECT / "sample" / "preferences.jsonl"
-_STEP_PAIRS = 4
-_TRL = {"trl, best": (1, False), "trl, 4 at once": (_STEP_PAIRS, True)}
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A run: seconds and losses of the counted steps, and the most memory the process had."""
-
-    seconds: list[float]
-    losses: list[float]
-    peak_mib: float
+_TRL = {"trl, best": (1, False), "trl, 4 at once": (STEP_PAIRS, True)}
 
 
 def main() -> None:
@@ -62,8 +45,8 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], choices=tuple(_TRL))
     parser.add_argument("--micro-batch-tokens", type=int, nargs="*", default=[])
     options = parser.parse_args()
-    options.pairs = options.steps * _STEP_PAIRS
-    checkpoint, batches = elsewhere({}, _prepared, options)
+    options.pairs = options.steps * STEP_PAIRS
+    checkpoint, batches = elsewhere({}, prepared, options)
     config = TrainingConfig(
         method=options.method, learning_rate=1e-6, schedule="constant", warmup_share=0.0
     )
@@ -72,11 +55,11 @@ def main() -> None:
         tokens = options.micro_batch_tokens or [None]
         for most in tokens:
             name = "ours" if most is None else f"ours, {most} tokens"
-            ours = config.model_copy(update={"micro_batch_tokens": most})
-            _keep(runs, turn, name, elsewhere({}, _ours, checkpoint, batches, ours))
+            cut = config.model_copy(update={"micro_batch_tokens": most})
+            _keep(runs, turn, name, elsewhere({}, ours, checkpoint, batches, cut))
         for name, (micro, statistics) in _TRL.items():
             if name not in options.without:
-                ran = elsewhere({}, _trls, checkpoint, batches, config, micro, statistics)
+                ran = elsewhere({}, trls, checkpoint, batches, config, micro, statistics)
                 _keep(runs, turn, name, ran)
     report = {
         "model": options.model,
@@ -92,101 +75,6 @@ def main() -> None:
     sys.stdout.write(f"{_shown(report)}\n{options.output}\n")
 
 
-def _prepared(options: argparse.Namespace) -> tuple[Checkpoint, list[list[Example]]]:
-    """The model, and batches with their references: first the shortest pairs, then the counted."""
-    quiet()
-    checkpoint, pairs, groups = prepare(options)
-    engine = TorchEngine(ModelConfig(checkpoint=options.model, engine="torch"), checkpoint)
-    logprobs, completions = {}, {}
-    for group, rows in zip(groups, engine.score(groups, 1024), strict=True):
-        for completion, row in zip(group.completions, rows, strict=True):
-            logprobs[completion.sequence_id] = sequence_sum(row)
-            completions[completion.sequence_id] = (group.prompt_ids, completion)
-    examples = []
-    for pair in pairs:
-        ids = (pair.chosen_id, pair.rejected_id)
-        examples.append(
-            Example(
-                "-".join(ids),
-                completions[ids[0]][0],
-                tuple(completions[i][1] for i in ids),
-                # Not the start's, so that no gradient weight is the same.
-                tuple(logprobs[i] + shift for i, shift in zip(ids, (1.0, -0.5), strict=True)),
-            )
-        )
-    counted = [examples[i : i + _STEP_PAIRS] for i in range(0, len(examples), _STEP_PAIRS)]
-    shortest = sorted(examples, key=lambda example: example.n_tokens)[:_STEP_PAIRS]
-    return checkpoint, [shortest, *counted]
-
-
-def _objective() -> ObjectiveConfig:
-    return ObjectiveConfig.model_validate(
-        {"loss": "dpo", "beta": 0.1, "reference": "base", "start": "base"}
-    )
-
-
-def _ours(checkpoint: Checkpoint, batches: list[list[Example]], config: TrainingConfig) -> Ran:
-    from time import perf_counter
-
-    from pipeline.training.run.devices import Devices
-    from pipeline.training.run.loop import Job, Run
-    from pipeline.training.run.model import trainable_model
-    from pipeline.training.run.replicas import Replicas
-
-    quiet()
-    numerics = ModelConfig(checkpoint="base", engine="torch")
-    devices = Devices(config)
-    model = trainable_model(checkpoint, numerics, config, devices.device)
-    examples = [example for batch in batches[1:] for example in batch]
-    with tempfile.TemporaryDirectory() as place, Replicas(model, config.threads) as replicas:
-        table = {
-            reply.sequence_id: value - shift
-            for example in examples
-            for reply, value, shift in zip(
-                example.replies, example.references, (1.0, -0.5), strict=True
-            )
-        }
-        job = Job(
-            *("ours", _objective(), config, numerics, checkpoint, examples, []),
-            table,
-            1e-2,
-            Path(place),
-        )
-        run = Run(job, devices, replicas, len(batches))
-        seconds, losses = [], []
-        for batch in batches:
-            began = perf_counter()
-            losses.append(run.step(batch, lambda *_: None))
-            seconds.append(perf_counter() - began)
-    return Ran(seconds[1:], losses[1:], _peak())
-
-
-def _trls(
-    checkpoint: Checkpoint,
-    batches: list[list[Example]],
-    config: TrainingConfig,
-    micro: int,
-    statistics: bool,
-) -> Ran:
-    import torch
-
-    from benchmarks.training.trl import trl_trainer
-    from pipeline.training.run.model import trainable_model
-
-    quiet()
-    numerics = ModelConfig(checkpoint="base", engine="torch")
-    model = trainable_model(checkpoint, numerics, config, torch.device("cpu"))
-    trainer, run = trl_trainer(
-        "dpo", {"beta": 0.1}, model, checkpoint, batches, config, micro=micro, statistics=statistics
-    )
-    trainer.train()
-    return Ran(run.seconds[1:], run.losses[1:], _peak())
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def _unique(example: Example) -> int:
     return len(example.prompt_ids) + sum(len(reply.ids) for reply in example.replies)
 
@@ -200,17 +88,16 @@ def _keep(runs: dict[str, list[Ran]], turn: int, name: str, ran: Ran) -> None:
 
 def _ratios(runs: dict[str, list[Ran]]) -> dict[str, dict[str, float]]:
     found = {}
-    for ours in (name for name in runs if name.startswith("ours")):
+    for mine in (name for name in runs if name.startswith("ours")):
         for name in (name for name in _TRL if name in runs):
             ratios = [
-                sum(theirs.seconds) / sum(mine.seconds)
-                for mine, theirs in zip(runs[ours], runs[name], strict=True)
+                sum(b.seconds) / sum(a.seconds) for a, b in zip(runs[mine], runs[name], strict=True)
             ]
-            found[f"{ours} over {name}"] = {
+            found[f"{mine} over {name}"] = {
                 "median": median(ratios),
                 "least": min(ratios),
                 "most": max(ratios),
-                "memory": median(r.peak_mib for r in runs[ours])
+                "memory": median(r.peak_mib for r in runs[mine])
                 / median(r.peak_mib for r in runs[name]),
             }
     return found

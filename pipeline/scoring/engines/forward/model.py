@@ -49,8 +49,10 @@ class Forward:
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
         self._inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._plain_attention: str = self._inner.config._attn_implementation
-        self._attention = self._plain_attention
+        self._attention: str = self._inner.config._attn_implementation
+        # A model that another `Forward` has left with one of ours.
+        plain = {ours: name for name, ours in IMPLEMENTATIONS.items()}
+        self._plain_attention = plain.get(self._attention, self._attention)
         self._head: Head | None = None
         self._longest = _longest_shared(self._inner.config.get_text_config())
         self.sharing = self._find_out()
