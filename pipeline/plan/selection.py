@@ -88,14 +88,12 @@ def named_in(text: str, policies: Iterable[str]) -> list[str]:
 def _named_in(text: str, policies: tuple[str, ...]) -> tuple[str, ...]:
     columns = _columns(policies)
 
-    def stands_without(name: str) -> bool:
-        try:
-            _dtype(text, {k: v for k, v in columns.items() if k != name})
-        except pl.exceptions.PolarsError:
-            return False
-        return True
-
-    return tuple(name for name in columns if name != "pair_id" and not stands_without(name))
+    return tuple(
+        name
+        for name in columns
+        if name != "pair_id"
+        and not _resolves(text, {k: v for k, v in columns.items() if k != name})
+    )
 
 
 def value_of(frame: pl.LazyFrame, text: str) -> pl.LazyFrame:
@@ -156,6 +154,11 @@ def _require_fitting(sql: Sql, policies: tuple[str, ...]) -> None:
     fits = dtype == pl.Boolean if sql.key.endswith("where") else dtype.is_numeric()
     if not fits:
         raise fault(sql.key, f"is {wanted}, not {dtype}; {_nameable(policies)}")
+    columns = _columns(policies)
+    for policy in set(policies).intersection(named_in(sql.text, policies)):
+        # Not one of its columns is missed where it has none of them.
+        if _resolves(sql.text, {**columns, policy: pl.Struct({"none": pl.Float64})}):
+            raise fault(sql.key, f"names {policy} without a column; {_nameable(policies)}")
 
 
 def _require_an_order(plan: "Plan") -> None:
@@ -183,9 +186,22 @@ def _columns(policies: Iterable[str]) -> dict[str, pl.DataType]:
     return {**_COLUMNS, **dict.fromkeys(policies, rewards)}
 
 
+def _resolves(text: str, columns: dict[str, pl.DataType]) -> bool:
+    try:
+        _dtype(text, columns)
+    except pl.exceptions.PolarsError:
+        return False
+    return True
+
+
 def _dtype(text: str, columns: dict[str, pl.DataType]) -> pl.DataType:
-    """What an expression is over such columns."""
-    found = value_of(pl.LazyFrame(schema=columns), text).collect()
+    """What an expression is over such columns.
+
+    Of a row without values: what it compares Polars looks at only where there is a row, and of a
+    list only where that is not NULL.
+    """
+    row = {n: [[] if isinstance(dtype, pl.List) else None] for n, dtype in columns.items()}
+    found = value_of(pl.LazyFrame(row, schema=columns), text).collect()
     if found.columns != ["pair_id", "value"]:
         raise pl.exceptions.SQLSyntaxError("is more than one expression")
     return found.schema["value"]

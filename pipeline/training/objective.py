@@ -37,9 +37,8 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     if objective.spec.needs_reference:
         reference_key, _ = key_of(plan, store, objective.reference)
     selected = selected_pairs(plan, store, name)
-    settings = settings_of(
-        plan, store, name, here.model.model_id, reference_key and reference_key.model.model_id
-    )
+    reference_id = None if reference_key is None else reference_key.model.model_id
+    settings = settings_of(plan, store, name, here.model.model_id, reference_id)
     if (kept := kept_policy(plan, store, name, settings, selected)) is not None:
         found = load_policy(store.policies / kept.policy_id, trained=False)
         return replace(found, selection=selected.record, retained=kept, settings=settings)

@@ -202,16 +202,17 @@ def trained_examples(store: Store, identifier: str) -> pl.DataFrame:
 def load_policy(directory: Path, *, trained: bool) -> PolicyResult:
     """A finished policy's tables and record."""
     record = json.loads((directory / "policy.json").read_text())
-    tables = [
+    steps, evaluations = (
         read_snapshot(directory / f"{name}.parquet", name, record["blake3"][name])
         for name in _TABLES
-    ]
+    )
     corrected = record["reference_correction"]
     return PolicyResult(
         record["policy_id"],
         directory,
         trained,
-        *tables,
+        steps,
+        evaluations,
         FirstStep(**record["first_step"]),
         corrected and Correction(**corrected),
         record["kept"],

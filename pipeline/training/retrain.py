@@ -62,8 +62,10 @@ def settings_of(
         **{f"values.{key}": value for key, value in objective.values.items()},
         "kl_partner": objective.kl_partner,
         **{f"training.{key}": value for key, value in plan.training.identity.items()},
-        "where": selection.where and selection.where.text,
-        "weight": selection.weight and selection.weight.text,
+        **{
+            name: None if sql is None else sql.text
+            for name, sql in (("where", selection.where), ("weight", selection.weight))
+        },
         "start": start,
         "reference": reference,
         **{

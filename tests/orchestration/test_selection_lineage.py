@@ -93,7 +93,10 @@ def test_audit_filter_retrain(
     joined = weighted.join(by_filtered, left_on="example_id", right_on="pair_id")
     assert joined.height == train.height
     assert joined["weight"].to_list() == pytest.approx(joined["expected"].to_list(), rel=1e-14)
-    order = [event.asset_key.path[-1] for event in first.get_asset_materialization_events()]
+    order = [
+        event.step_materialization_data.materialization.asset_key.path[-1]
+        for event in first.get_asset_materialization_events()
+    ]
     steps = ["logprobs_theirs", "implicit_rewards_theirs", "policy_filtered", "logprobs_filtered",
              "implicit_rewards_filtered", "policy_second"]  # fmt: skip
     assert [key for key in order if key in steps] == steps
@@ -108,7 +111,7 @@ def test_audit_filter_retrain(
         assert (said["kept"], said["trained"]) == (True, False)
         assert said["kept_because"].endswith("pairs are new, fewer than 15")
         assert said["policy_id"] == metadata(first, f"policy_{name}")["policy_id"]
-    assert "plain: nothing trained, the policy is kept: " in summary(plan, second, 1.0)
+    assert "plain: nothing trained, the policy is kept: " in summary(plan, second, 1.0)  # type: ignore[arg-type]
     assert read(store, "rewards/plain").height == 20
 
     write_pairs(60)

@@ -151,8 +151,8 @@ def select_pairs(
         values = _weights(chosen, selection.weight)
         weights = dict(zip(chosen["pair_id"], values, strict=True))
     record = SelectionRecord(
-        where=where and where.text,
-        weight=selection.weight and selection.weight.text,
+        where=None if where is None else where.text,
+        weight=None if selection.weight is None else selection.weight.text,
         n=table.height,
         n_selected=chosen.height,
         n_left_out=int((~verdict).sum()),
