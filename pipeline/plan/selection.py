@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -106,7 +106,7 @@ def value_of(frame: pl.LazyFrame, text: str) -> pl.LazyFrame:
     # On a line of its own, so that a comment at its end ends with it.
     query = f'SELECT pair_id, (\n{text}\n) AS "value" FROM {TABLE}'
     with pl.SQLContext({TABLE: frame}, eager=False) as context:
-        return cast(pl.LazyFrame, context.execute(query))
+        return context.execute(query)
 
 
 def shown(error: pl.exceptions.PolarsError) -> str:
@@ -200,7 +200,9 @@ def _dtype(text: str, columns: dict[str, pl.DataType]) -> pl.DataType:
     Of a row without values: what it compares Polars looks at only where there is a row, and of a
     list only where that is not NULL.
     """
-    row = {n: [[] if isinstance(dtype, pl.List) else None] for n, dtype in columns.items()}
+    row: dict[str, list[Any]] = {
+        n: [[] if isinstance(dtype, pl.List) else None] for n, dtype in columns.items()
+    }
     found = value_of(pl.LazyFrame(row, schema=columns), text).collect()
     if found.columns != ["pair_id", "value"]:
         raise pl.exceptions.SQLSyntaxError("is more than one expression")

@@ -359,6 +359,7 @@ OTHER: dict[str, object] = {
     "pairing": "all", "score": "other", "columns": {"chosen": "other"}, "rules": {"tied": "flag"},
     "engine": "vllm", "loss": "ipo", "head_dtype": "model", "attention_backend": "FLASH_ATTN",
     "reference_correction": "never", "parity": {"engine": "vllm"},
+    "where": "votes > 1", "weight": "votes", "retrain": "never",
     "losses": ["dpo"], "audits": {"theirs": {"reference": "sft", "policy": "two"}},
 }  # fmt: skip
 """Another valid value for each key that is not a number."""
