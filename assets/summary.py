@@ -54,12 +54,7 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
             )
     for name in plan.policies:
         if data := found.get((plan.name, f"policy_{name}")):
-            lines.append(
-                f"  training   {name}: {data['steps']} steps, loss {data['first_loss']:.4f} -> "
-                f"{data['last_loss']:.4f}" + _first_accuracy(data["first_accuracy"])
-                if data["trained"]
-                else f"  training   {name}: nothing trained, the policy was there already"
-            )
+            lines.append(f"  training   {name}: {_training(data)}")
     for check in result.get_asset_check_evaluations():
         if check.check_name == "engines_agree":
             lines.append(_agreement(check))
@@ -76,9 +71,15 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _first_accuracy(share: float | None) -> str:
-    """Of the first step's pairs; nothing where it had labels only."""
-    return "" if share is None else f", accuracy at step 1 {share:g}"
+def _training(policy: dict[str, Any]) -> str:
+    """What became of a policy, by its asset's metadata."""
+    if policy["kept"]:
+        return f"nothing trained, the policy is kept: {policy['kept_because']}"
+    if not policy["trained"]:
+        return "nothing trained, the policy was there already"
+    said = f"{policy['steps']} steps, loss {policy['first_loss']:.4f} -> {policy['last_loss']:.4f}"
+    first = policy["first_accuracy"]  # of pairs; None where step 1 had labels only
+    return said if first is None else f"{said}, accuracy at step 1 {first:g}"
 
 
 def _metadata(result: dg.JobExecutionResult) -> dict[tuple[str, ...], dict[str, Any]]:

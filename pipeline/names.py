@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -19,7 +20,7 @@ from pipeline.scoring.ledger import (
 )
 from pipeline.scoring.passes import with_passes
 from pipeline.scoring.run import scorer_key
-from pipeline.store import Store, current_snapshot, read
+from pipeline.store import Store, current_snapshot, read, verify
 from pipeline.training.data.kl_rows import kl_sequences
 from pipeline.training.data.preferences import read_preferences
 
@@ -131,8 +132,19 @@ def policy_id_of(store: Store, name: str) -> str:
     Raises:
         StoreError: none was.
     """
-    pointer = current_snapshot(store, f"policies/{name}", ".json").path
-    return str(json.loads(pointer.read_text())["policy_id"])
+    return str(policy_record(store, name)["policy_id"])
+
+
+def policy_record(store: Store, name: str) -> dict[str, Any]:
+    """What stands about the policy an objective has trained last: its id and its settings.
+
+    Raises:
+        StoreError: none was, or the record is damaged.
+    """
+    pointer = current_snapshot(store, f"policies/{name}", ".json")
+    verify(pointer.path, pointer.digest)
+    record: dict[str, Any] = json.loads(pointer.path.read_text())
+    return record
 
 
 def described(plan: Plan, store: Store, name: str) -> str:

@@ -29,7 +29,7 @@ from pipeline.names import (
     wanted_extras,
     wanted_sequences,
 )
-from pipeline.plan import ObjectiveConfig, Plan
+from pipeline.plan import ObjectiveConfig, Plan, selection_of
 from pipeline.report import RenderedReport, ReportInput, render
 from pipeline.rewards import reward_table
 from pipeline.rules import rule_table
@@ -66,7 +66,7 @@ from pipeline.tokenization import (
 from pipeline.training.data.kl_rows import kl_rows
 from pipeline.training.data.preferences import read_preferences
 from pipeline.training.objective import train_objective
-from pipeline.training.policy import PolicyResult
+from pipeline.training.policy import PolicyResult, trained_examples
 from schemas import (
     AlignedReward,
     KlSequence,
@@ -304,11 +304,15 @@ def scored_rows(plan: Plan, store: Store, name: str, key: ScorerKey) -> ScoredRo
 
 
 def train(plan: Plan, store: Store, name: str) -> PolicyResult:
-    """Train the policy of an objective, or find it trained; publish its training steps."""
+    """Train the policy of an objective, find it trained, or keep the one it has.
+
+    Publishes its training steps, and a pointer to it with the settings it was trained with.
+    """
     result = train_objective(plan, store, name)
     publish(store, f"training_steps/{name}", result.steps, TrainingStep)
     publish(store, f"training_evaluations/{name}", result.evaluations, TrainingEvaluation)
-    pointer = json.dumps({"policy_id": result.policy_id}).encode()
+    record = {"policy_id": result.policy_id, "settings": result.settings}
+    pointer = json.dumps(record, sort_keys=True).encode()
     publish_file(store, f"policies/{name}", pointer, ".json")
     return result
 
@@ -440,9 +444,7 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
             quarantine=read(store, "quarantine"),
             untokenized=read(store, "untokenized_pairs"),
             training_steps=steps,
-            training_pairs=pairs.filter(pl.col("split") == "train").join(
-                ways, on="pair_id", how="semi"
-            ),
+            training_pairs=_fitted(plan, store, name, pairs, ways),
             provenance=identities,
             noise_floor=_noise_floor(reference, policy),
             n_left_out=left_out,
@@ -451,6 +453,17 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
     html = publish_file(store, f"reports/{name}", rendered.html.encode(), ".html")
     numbers = publish_file(store, f"reports/{name}", rendered.json.encode(), ".json")
     return ReportResult(_pointer(store, name, html), _pointer(store, name, numbers), rendered)
+
+
+def _fitted(
+    plan: Plan, store: Store, name: str, pairs: pl.DataFrame, ways: pl.DataFrame
+) -> pl.DataFrame:
+    """What the report's baselines learn from: what the policy did, if pairs were selected."""
+    found = pairs.filter(split="train").join(ways, on="pair_id", how="semi")
+    if name in plan.audits or selection_of(plan, name).where is None:
+        return found
+    trained = trained_examples(store, policy_id_of(store, name))
+    return found.join(trained, left_on="pair_id", right_on="example_id", how="semi")
 
 
 def _loss(objective: ObjectiveConfig) -> dict[str, str]:

@@ -32,7 +32,7 @@ from schemas.sequences import (
     UntokenizedLabel,
     UntokenizedPair,
 )
-from schemas.training import TrainingEvaluation, TrainingStep
+from schemas.training import TrainedExample, TrainingEvaluation, TrainingStep
 
 __all__ = [
     "MESSAGES",
@@ -60,6 +60,7 @@ __all__ = [
     "TokenExtra",
     "TokenLogProb",
     "Tokenization",
+    "TrainedExample",
     "TrainingEvaluation",
     "TrainingStep",
     "UnitCandidate",

@@ -50,6 +50,14 @@ class TrainingStep(Table):
     num_tokens: int = pa.Field(ge=1, description="Tokens seen since the start, prompts included.")
 
 
+class TrainedExample(Table):
+    """One row is an example a policy was given to train on; it stands beside the policy."""
+
+    policy_id: str = pa.Field(str_matches=ID)
+    example_id: str = pa.Field(unique=True, str_matches=ID, description="The pair's or label's.")
+    weight: float = pa.Field(gt=0, description="How much it counted beside others of its step.")
+
+
 class TrainingEvaluation(Table):
     """One row is an evaluation on held-out examples, after so many optimiser steps.
 

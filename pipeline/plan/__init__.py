@@ -18,6 +18,7 @@ from pipeline.plan.sections import (
     TrainingConfig,
     VllmConfig,
 )
+from pipeline.plan.selection import Selection, Sql, policies_named, selection_of
 
 __all__ = [
     "AuditConfig",
@@ -30,12 +31,16 @@ __all__ = [
     "Plan",
     "ReportConfig",
     "ScoringConfig",
+    "Selection",
     "SourceConfig",
     "SplitConfig",
+    "Sql",
     "TokenizationConfig",
     "TrainingConfig",
     "VllmConfig",
     "environment_overrides",
     "load_plan",
+    "policies_named",
+    "selection_of",
     "write_audit_plan",
 ]

@@ -19,7 +19,7 @@ from pipeline.losses.base import Parameter
 from pipeline.losses.sums import WEIGHT
 from pipeline.plan.faults import Name, fault
 
-_NOT_VALUES = ("loss", "data", "kl_partner", "reference", "start")
+_NOT_VALUES = ("loss", "data", "kl_partner", "reference", "start", "where", "weight")
 
 
 class ObjectiveConfig(BaseModel):
@@ -45,6 +45,12 @@ class ObjectiveConfig(BaseModel):
     )
     reference: Name
     start: Name
+    where: str | None = Field(
+        default=None, description="Which pairs it is trained on, instead of `training.where`."
+    )
+    weight: str | None = Field(
+        default=None, description="How much each counts, instead of `training.weight`."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from pipeline.plan.faults import SECTION, Name, fault
 from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import ReportConfig
 from pipeline.plan.rounds import bases, rounds
+from pipeline.plan.selection import require_selectable
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
 
@@ -199,6 +200,21 @@ class TrainingConfig(_Section):
         "into the trainer's, or refused.",
     )
     lora: LoraConfig = LoraConfig()
+    where: str | None = Field(
+        default=None,
+        description="Which pairs of the training split are trained on: a condition in SQL over "
+        "`pairs` and rewards (docs/selection.md); null: all.",
+    )
+    weight: str | None = Field(
+        default=None,
+        description="How much each of them counts beside the others of its step: a number above "
+        "0 in SQL; null: all the same.",
+    )
+    retrain: Literal["always", "never"] | dict[str, int] = Field(
+        default="always",
+        description="Whether other data is a reason to train a policy anew: always, never, or "
+        "{min_new_pairs: N}. A change of the plan always is.",
+    )
     evaluate_every: int | None = Field(
         default=None,
         ge=1,
@@ -250,6 +266,18 @@ class TrainingConfig(_Section):
             said = {k: v for k, v in said.items() if k not in _EVALUATION}
         return said
 
+    @field_validator("retrain", mode="before")
+    @classmethod
+    def _retrain_is_known(cls, given: Any) -> Any:
+        match given:
+            case "always" | "never":
+                return given
+            case {"min_new_pairs": int(n)} if len(given) == 1 and n >= 1 and n is not True:
+                return given
+        raise ValueError(
+            f"{given!r} is not one of always, never, {{min_new_pairs: N}} with N at least 1"
+        )
+
     @model_validator(mode="after")
     def _best_is_looked_for(self) -> "TrainingConfig":
         if (self.keep_best or self.patience) and self.evaluate_every is None:
@@ -262,6 +290,8 @@ _EVALUATION = {"evaluate_every", "evaluation_pairs", "best_metric", "keep_best",
 _NOT_WEIGHTS = {
     *("reference_correction", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"),
     *("micro_batch_tokens", "threads", "processes", "log_to", "token_statistics"),
+    # What they select shows in the values.
+    *("where", "weight", "retrain"),
 }
 
 
@@ -425,6 +455,11 @@ class Plan(_Section):
                         f"'{policy}' is scored as its reference '{name}' is, by vLLM, and only "
                         "the torch engine computes them",
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_can_be_selected(self) -> "Plan":
+        require_selectable(self)
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """Training an objective of a plan: what its loss needs is gathered from the tables, or scored."""
 
 import logging
+from dataclasses import replace
 
 import polars as pl
 
@@ -14,45 +15,58 @@ from pipeline.store import Store, read
 from pipeline.training.data.balance import class_balance
 from pipeline.training.data.correction import Correction, correct_reference
 from pipeline.training.data.examples import Example, training_examples
-from pipeline.training.data.preferences import read_preferences
-from pipeline.training.policy import PolicyResult, policy_id, train_policy
+from pipeline.training.data.preferences import Preferences, read_preferences
+from pipeline.training.data.selection import Selected, selected_pairs
+from pipeline.training.policy import PolicyResult, load_policy, policy_id, train_policy
+from pipeline.training.retrain import kept_policy, settings_of
 from pipeline.training.run.loop import Job
 
 _log = logging.getLogger(__name__)
 
 
 def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
-    """Train the policy of an objective, or find it trained.
+    """Train the policy of an objective, find it trained, or keep the one it has.
 
     Raises:
         TrainingError: the reference was scored in other numerics than the trainer's and the plan
-            does not let it be corrected; or see `train_policy`.
+            does not let it be corrected; or see `selected_pairs` and `train_policy`.
     """
     objective = plan.objectives[name]
     # The trainer is torch, whatever engine scores the start.
     start_config = plan.trained_as(objective.start).model_copy(update={"engine": "torch"})
     planned, start = key_of(plan, store, objective.start)
     here = scorer_key(store, start_config, start)
-    start_logprobs, tolerance = read_logprobs(planned), plan.scoring.tolerance(start_config.dtype)
-    reference_key, reference, correction = None, None, None
+    reference_key = None
     if objective.spec.needs_reference:
         reference_key, _ = key_of(plan, store, objective.reference)
+    selected = selected_pairs(plan, store, name)
+    preferences = read_preferences(store).read_by(objective)
+    training = _selected(preferences.of_splits("train"), selected)
+    reference_id = None if reference_key is None else reference_key.model.model_id
+    settings = settings_of(plan, store, name, here.model.model_id, reference_id)
+    if (kept := kept_policy(plan, store, name, settings, training.ids)) is not None:
+        found = load_policy(store.policies / kept.policy_id, trained=False)
+        return replace(found, selection=selected.record, retained=kept, settings=settings)
+    start_logprobs, tolerance = read_logprobs(planned), plan.scoring.tolerance(start_config.dtype)
+    reference, correction = None, None
+    if reference_key is not None:
         reference = read_logprobs(reference_key)
         if not reference_key.numerics.comparable(here.numerics):
             reference, correction, start_logprobs = _corrected(
-                plan, store, name, start_config, start, here, reference_key, reference
+                plan, store, name, start_config, start, here, reference_key, reference, training
             )
     if correction is None and not planned.numerics.comparable(here.numerics):
         tolerance = max(tolerance, _parity_tolerance(plan, objective.start))
-    kl = read(store, f"kl_sequences/{name}") if objective.spec.needs_kl else None
-    preferences = read_preferences(store)
+    kl = _mismatched(store, name, training) if objective.spec.needs_kl else None
     sequences = wanted_sequences(plan, store, objective.reference)
-    examples = training_examples(objective, preferences, sequences, reference, kl)
+    examples = [
+        replace(example, weight=selected.weights.get(example.example_id, 1.0))
+        for example in training_examples(objective, training, sequences, reference, kl)
+    ]
     held_out: list[Example] = []
     if plan.training.evaluate_every is not None:
-        kept = preferences.of_splits("test").read_by(objective)
-        kept = kept.first(plan.training.evaluation_pairs, "evaluated")
-        held_out = training_examples(objective, kept, sequences, reference, split="test")
+        kept_out = preferences.of_splits("test").first(plan.training.evaluation_pairs, "evaluated")
+        held_out = training_examples(objective, kept_out, sequences, reference, split="test")
     balance = class_balance(examples, objective.values)
     if balance is not None and balance.advice is not None:
         _log.warning("objective '%s': %s", name, balance.advice)
@@ -69,7 +83,25 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
         tolerance,
         store.policies / ".checkpoints" / identifier,
     )
-    return train_policy(store, identifier, job, correction)
+    result = train_policy(store, identifier, job, correction, selected.record)
+    return replace(result, selection=selected.record, settings=settings)
+
+
+def _selected(preferences: Preferences, selected: Selected) -> Preferences:
+    """The selected pairs, and all labels: what a plan selects by is of pairs."""
+    return replace(
+        preferences,
+        pairs=selected.of(preferences.pairs),
+        pair_sequences=selected.of(preferences.pair_sequences),
+    )
+
+
+def _mismatched(store: Store, name: str, training: Preferences) -> pl.DataFrame:
+    """The mismatched replies of what is trained on."""
+    return read(store, f"kl_sequences/{name}").filter(
+        pl.col("pair_id").is_in(training.pairs["pair_id"].to_list())
+        | pl.col("label_id").is_in(training.labels["label_id"].to_list())
+    )
 
 
 def _corrected(
@@ -81,6 +113,7 @@ def _corrected(
     here: ScorerKey,
     reference_key: ScorerKey,
     reference: pl.DataFrame,
+    training: Preferences,
 ) -> tuple[pl.DataFrame, Correction, pl.DataFrame]:
     """The reference's log-probs in the trainer's numerics, the correction, and the start's there.
 
@@ -96,7 +129,7 @@ def _corrected(
             f"uses: {reference_key.numerics} against {here.numerics}; give both models the same "
             "dtype, engine and attention, or set training.reference_correction to auto"
         )
-    sequences = _trained_on(plan, store, name)
+    sequences = _trained_on(plan, store, name, training)
     score_sequences(
         f"{objective.start} for training", here, start_config, start, sequences, plan.scoring
     )
@@ -110,15 +143,16 @@ def _corrected(
     return corrected, correction, start_here
 
 
-def _trained_on(plan: Plan, store: Store, name: str) -> pl.DataFrame:
-    """The sequences training reads: its splits', and mismatched replies."""
+def _trained_on(plan: Plan, store: Store, name: str, training: Preferences) -> pl.DataFrame:
+    """The sequences training reads: what is trained on, held-out ones, mismatched replies."""
     objective = plan.objectives[name]
-    splits = ["train", "test"] if plan.training.evaluate_every is not None else ["train"]
-    ids = read_preferences(store).read_by(objective).of_splits(*splits).sequence_ids
+    ids = training.sequence_ids
+    if plan.training.evaluate_every is not None:
+        ids += read_preferences(store).read_by(objective).of_splits("test").sequence_ids
     if objective.spec.needs_kl:
-        ids += read(store, f"kl_sequences/{name}")["sequence_id"].to_list()
-    wanted = wanted_sequences(plan, store, objective.reference)
-    return wanted.filter(pl.col("sequence_id").is_in(ids))
+        ids += _mismatched(store, name, training)["sequence_id"].to_list()
+    sequences = wanted_sequences(plan, store, objective.reference)
+    return sequences.filter(pl.col("sequence_id").is_in(ids))
 
 
 def _parity_tolerance(plan: Plan, model: str) -> float:

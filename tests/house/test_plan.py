@@ -361,6 +361,7 @@ OTHER: dict[str, object] = {
     "reference_correction": "never", "parity": {"engine": "vllm"},
     "token_extras": ["entropy"], "method": "full", "best_metric": "eval_rewards/margins",
     "log_to": ["tensorboard"],
+    "where": "votes > 1", "weight": "votes", "retrain": "never",
     "losses": ["dpo"], "audits": {"theirs": {"reference": "sft", "policy": "two"}},
 }  # fmt: skip
 """Another valid value for each key that is not a number."""

@@ -32,7 +32,9 @@ def work(write_plan: WritePlan, tmp_path: Path) -> tuple[Plan, Store, list[Examp
     plan, store = prepared(write_plan(models={"base": {"checkpoint": str(model)}}))
     reference, _ = key_of(plan, store, "base")
     pairs = training_pairs(
-        *(read(store, name) for name in ("pairs", "pair_sequences", "sequences")),
+        read(store, "pairs"),
+        read(store, "pair_sequences"),
+        read(store, "sequences"),
         read_logprobs(reference),
     )
     pairs = [
@@ -165,7 +167,9 @@ def test_entropy_and_token_accuracy_are_trls(write_plan: WritePlan, tmp_path: Pa
     first = result.steps.row(0, named=True)
     reference, _ = key_of(plan, store, "base")
     pairs = training_pairs(
-        *(read(store, name) for name in ("pairs", "pair_sequences", "sequences")),
+        read(store, "pairs"),
+        read(store, "pair_sequences"),
+        read(store, "sequences"),
         read_logprobs(reference),
     )
     by_id = {pair.example_id: pair for pair in pairs}

@@ -52,6 +52,11 @@ class Preferences:
         )._both_ways()
 
     @property
+    def ids(self) -> list[str]:
+        """Of its pairs and labels."""
+        return [*self.pairs["pair_id"], *self.labels["label_id"]]
+
+    @property
     def sequence_ids(self) -> list[str]:
         """Of all their replies, some more than once."""
         ways = self.pair_sequences
