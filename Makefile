@@ -27,11 +27,14 @@ ui: setup ## Dagster's UI over the demo's runs, on port 3000
 	@mkdir -p "$${DAGSTER_HOME:-$(DEMO_STORE)/dagster}"
 	DAGSTER_HOME="$${DAGSTER_HOME:-$(DEMO_STORE)/dagster}" $(BIN)/dagster dev --workspace workspace.yaml
 
+# Two at a time; a file's tests stay together (tests/conftest.py).
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+
 test: setup-dev check ## Lint, types and the fast tests
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: setup-dev check ## Everything but the GPU tests; needs `make system-deps`
-	$(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: setup-dev
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 `logratio run PLAN` runs a plan's job and says what came out; `logratio audit PAIRS --reference A
 --policy B` does so for two models that are there already, without a plan. `logratio estimate PLAN`
-says what a plan will cost; `logratio ledger ACTION STORE` looks after the log-probs of a store.
+says what a plan will cost; `logratio export PLAN OBJECTIVE DIRECTORY` writes a trained policy for
+other programs; `logratio ledger ACTION STORE` looks after the log-probs of a store.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from assets.resources import resource_key
 from assets.summary import beginning, summary
 from assets.upkeep import add_ledger_command, look_after
 from pipeline.errors import LogratioError
+from pipeline.export.directory import export_policy
+from pipeline.names import store_of
 from pipeline.plan import Plan, load_plan, write_audit_plan
 
 _DAGSTER_YAML = """\
@@ -36,8 +39,28 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a plan from its sources to its reports")
     estimate = commands.add_parser("estimate", help="say what a plan will cost, and run nothing")
-    for command in (run, estimate):
+    export = commands.add_parser("export", help="write a policy as a directory to load elsewhere")
+    for command in (run, estimate, export):
         command.add_argument("plan", type=Path, help="the plan's YAML file")
+    export.add_argument("objective", help="whose policy")
+    export.add_argument("directory", type=Path, help="a new one, which appears whole")
+    form = export.add_mutually_exclusive_group()
+    form.add_argument(
+        "--merged",
+        action="store_const",
+        const="merged",
+        dest="form",
+        help="a model of its own, which transformers and vLLM load (the default)",
+    )
+    form.add_argument(
+        "--adapter",
+        action="store_const",
+        const="adapter",
+        dest="form",
+        help="what PEFT and vLLM put over the start",
+    )
+    export.add_argument("--base", help="what the adapter calls its start; by default its hub id")
+    export.set_defaults(form="merged")
     audit = commands.add_parser("audit", help="score pairs by two models and report the rewards")
     audit.add_argument("pairs", type=Path, help="a file of preference pairs, or a folder")
     audit.add_argument("--reference", required=True, help="a directory, hub id or packaged: name")
@@ -50,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     audit.add_argument("--dtype", default="float32", help="of both models")
     audit.add_argument("--engine", default="auto", help="auto, torch or vllm")
     add_ledger_command(commands)
-    for command in (run, estimate, audit):
+    for command in (run, estimate, export, audit):
         command.add_argument(
             "--set",
             action="append",
@@ -65,6 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
             return run_plan(options.plan, options.overrides)
         if options.command == "estimate":
             print(beginning(load_plan(options.plan, options.overrides)))
+            return 0
+        if options.command == "export":
+            print(_export(options))
             return 0
         if options.command == "ledger":
             lines, sound = look_after(
@@ -116,6 +142,20 @@ def run_plan(path: Path, overrides: list[str]) -> int:
         )
         print(summary(plan, result, monotonic() - started))
     return 0 if result.success else 1
+
+
+def _export(options: argparse.Namespace) -> str:
+    plan = load_plan(options.plan, options.overrides)
+    done = export_policy(
+        plan,
+        store_of(plan),
+        options.objective,
+        options.directory,
+        form=options.form,
+        base=options.base,
+    )
+    what = f"an adapter over {done.start}" if done.needs_start else "a model of its own"
+    return f"policy     {options.objective}: {what} is in {done.directory}"
 
 
 def prepare_home(plan: Plan) -> Path:

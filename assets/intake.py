@@ -187,7 +187,7 @@ def sequences(plan: Plan) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=[plan.name, "sequences"],
-        deps=[dg.AssetKey([plan.name, "preference_pairs"])],
+        deps=[dg.AssetKey([plan.name, f"preference_{kind}"]) for kind in ("pairs", "labels")],
         group_name=GROUP,
         kinds={"huggingface", "parquet"},
         description="One row is a distinct (prompt ids, completion ids, scored spans).",

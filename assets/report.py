@@ -10,7 +10,7 @@ from assets.scoring import MODEL_STEP
 from pipeline import stages
 from pipeline.parity import engine_parity
 from pipeline.plan import Plan
-from schemas import LossLandscape, Reward
+from schemas import AlignedReward, LossLandscape, Reward
 
 GROUP = "report"
 PARTS = ["rows", "pairs", "splits", "baselines", "training", "noise", "finite"]
@@ -27,6 +27,8 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
         **{f"policy_{side}": policy for side in ("chosen", "rejected")},
     }
 
+    aligned = "log_sum_squares" in plan.scoring.token_extras
+
     @dg.asset(
         key=key,
         deps=[
@@ -40,7 +42,7 @@ def implicit_rewards(plan: Plan, name: str) -> dg.AssetsDefinition:
         kinds={"polars", "parquet"},
         description="One row is a preference pair under one policy: log-ratios, rewards, margin.",
         metadata={
-            "dagster/column_schema": column_schema(Reward),
+            "dagster/column_schema": column_schema(AlignedReward if aligned else Reward),
             "dagster/column_lineage": dg.TableColumnLineage(
                 {
                     column: [dg.TableColumnDep(asset_key=source, column_name="logprob")]

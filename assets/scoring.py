@@ -20,9 +20,7 @@ def logprobs(plan: Plan, name: str) -> dg.AssetsDefinition:
     deps = [dg.AssetKey([plan.name, "sequences"])]
     if name in plan.objectives:
         deps.append(dg.AssetKey([plan.name, f"policy_{name}"]))
-    # A policy is scored as its reference is.
-    scorer = plan.reference_of(name) if name in plan.policies else name
-    library = "vllm" if plan.models[scorer].engine == "vllm" else "pytorch"
+    library = "vllm" if plan.scored_as(name).engine == "vllm" else "pytorch"
 
     @dg.asset(
         key=key,

@@ -15,12 +15,23 @@ def beginning(plan: Plan) -> str:
         pipeline.errors.SourceError: a source cannot be read.
     """
     lines = [f"plan '{plan.name}': {estimate(plan)}"]
-    lines += [f"  objective  {name}: {objective}" for name, objective in plan.objectives.items()]
+    lines += [
+        f"  objective  {name}: {plan.objectives[name]}{_round(plan, name)}"
+        for name in plan.policies
+        if name in plan.objectives
+    ]
     lines += [
         f"  audit      {name}: {audit.policy} against {audit.reference}"
         for name, audit in plan.audits.items()
     ]
     return "\n".join(lines)
+
+
+def _round(plan: Plan, name: str) -> str:
+    """What of other objectives' policies an objective takes."""
+    objective = plan.objectives[name]
+    said = [("from", objective.start), ("against", objective.reference)]
+    return "".join(f", {how} {base}'s policy" for how, base in said if base in plan.objectives)
 
 
 def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
@@ -29,7 +40,11 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
     lines = [f"plan '{plan.name}': {'done' if result.success else 'FAILED'} in {seconds:.0f} s"]
     if pairs := found.get((plan.name, "preference_pairs")):
         rows = found.get((plan.name, "quarantined_rows"), {}).get("dagster/row_count", 0)
-        lines.append(f"  pairs      {pairs['dagster/row_count']} valid, {rows} rows quarantined")
+        labels = found.get((plan.name, "preference_labels"), {}).get("dagster/row_count", 0)
+        beside = f" and {labels} labels" if labels else ""
+        lines.append(
+            f"  pairs      {pairs['dagster/row_count']}{beside} valid, {rows} rows quarantined"
+        )
     for name in (*plan.scored_models, *plan.policies):
         if data := found.get((plan.name, f"logprobs_{name}")):
             loaded = "model loaded" if data["model_loaded"] else "no model loaded"
@@ -37,14 +52,9 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
                 f"  scoring    {name}: {data['rows_scored']} rows scored, "
                 f"{data['rows_reused']} reused, {loaded}"
             )
-    for name in plan.objectives:
+    for name in plan.policies:
         if data := found.get((plan.name, f"policy_{name}")):
-            lines.append(
-                f"  training   {name}: {data['steps']} steps, loss {data['first_loss']:.4f} -> "
-                f"{data['last_loss']:.4f}, accuracy at step 1 {data['first_accuracy']:g}"
-                if data["trained"]
-                else f"  training   {name}: nothing trained, the policy was there already"
-            )
+            lines.append(f"  training   {name}: {_training(data)}")
     for check in result.get_asset_check_evaluations():
         if check.check_name == "engines_agree":
             lines.append(_agreement(check))
@@ -59,6 +69,17 @@ def summary(plan: Plan, result: dg.JobExecutionResult, seconds: float) -> str:
             lines += [f"  report     {data['report']}", f"  numbers    {data['json']}"]
     lines.append(f"  tables     {plan.store / plan.name}")
     return "\n".join(lines)
+
+
+def _training(policy: dict[str, Any]) -> str:
+    """What became of a policy, by its asset's metadata."""
+    if policy["kept"]:
+        return f"nothing trained, the policy is kept: {policy['kept_because']}"
+    if not policy["trained"]:
+        return "nothing trained, the policy was there already"
+    said = f"{policy['steps']} steps, loss {policy['first_loss']:.4f} -> {policy['last_loss']:.4f}"
+    first = policy["first_accuracy"]  # of pairs; None where step 1 had labels only
+    return said if first is None else f"{said}, accuracy at step 1 {first:g}"
 
 
 def _metadata(result: dg.JobExecutionResult) -> dict[tuple[str, ...], dict[str, Any]]:

@@ -52,6 +52,7 @@ def _inventory(ledger: Path, remove: bool) -> Said:
             f"{row['checkpoint']} by {row['engine']}, {row['body_dtype']}, {row['device_class']}",
             f"  {row['sequences']:,} sequences, {row['tokens']:,} scored tokens, "
             f"{row['bytes'] / _MIB:.1f} MiB in {row['commits']} commits"
+            + (f"; {row['extras']:,} extras" if row["extras"] else "")
             + (f"; {row['unscored']} could not be scored" if row["unscored"] else "")
             + (f"; {row['set_aside']} set aside" if row["set_aside"] else ""),
         ]

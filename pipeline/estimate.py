@@ -16,12 +16,12 @@ import polars as pl
 from pipeline.errors import StoreError
 from pipeline.intake.sources import raw_rows, shape_of_source
 from pipeline.models import ModelSize, located, model_size
-from pipeline.names import store_of, wanted_sequences
+from pipeline.names import store_of, wanted_extras, wanted_sequences
 from pipeline.plan import ModelConfig, Plan, SourceConfig
 from pipeline.processes import threads_of
 from pipeline.scoring.engines import engine_of
 from pipeline.scoring.engines.torch_engine import found_device_class
-from pipeline.scoring.ledger import read_logprobs
+from pipeline.scoring.ledger import read_complete
 from pipeline.scoring.run import scorer_key
 from pipeline.sources import READERS, Candidate, RawRow, Reader, RowError, Unit, parse_row
 
@@ -130,7 +130,8 @@ def _without_known(plan: Plan, one: _Pass) -> tuple[_Pass, int]:
         return one, 0
     try:
         wanted = wanted_sequences(plan, store, one.name)
-        held = read_logprobs(scorer_key(store, one.model, checkpoint))
+        key = scorer_key(store, one.model, checkpoint)
+        held = read_complete(key, wanted_extras(plan, one.name))
     except StoreError:  # nothing has been tokenised yet
         return one, 0
     known = wanted.join(held, on="sequence_id", how="semi")
@@ -164,30 +165,35 @@ def _passes(plan: Plan, n_pairs: int) -> Iterator[_Pass]:
     if plan.training.max_steps is not None:
         seen = min(seen, float(plan.training.max_steps * plan.training.batch_pairs))
     at_once = min(plan.model_steps, len(plan.scored_models))
+
+    def everything(name: str) -> float:
+        kl = sum(o.spec.needs_kl and o.reference == name for o in plan.objectives.values())
+        return n_pairs + n_train * kl
+
     for name in plan.scored_models:
         model = plan.models[name]
-        kl = sum(o.spec.needs_kl and o.reference == name for o in plan.objectives.values())
-        n_scored = n_pairs + n_train * kl
-        yield _Pass(model, engine_of(model), n_scored, name, at_once=at_once)
-    at_once = min(plan.model_steps, max(1, len(plan.policies)))
+        yield _Pass(model, engine_of(model), everything(name), name, at_once=at_once)
+    widest = max(map(len, plan.rounds), default=0) + len(plan.audits)
+    at_once = min(plan.model_steps, max(1, widest))
     most = plan.scoring.train_pairs
     n_reported = n_test + (n_train if most is None else min(n_train, most))
     for objective in plan.objectives.values():
         # Mismatched replies, and a first look at the step's own, are run without a gradient.
         looked_at = seen * (objective.spec.needs_kl + objective.spec.needs_batch)
-        start = plan.models[objective.start]
+        start = plan.trained_as(objective.start)
         yield _Pass(start, "torch", looked_at, trained=seen, at_once=at_once)
     for name in plan.policies:
-        reference = plan.models[plan.reference_of(name)]
+        scorer = plan.scored_as(name)
         who = name if name in plan.audits else None
-        yield _Pass(reference, engine_of(reference), n_reported, who, at_once=at_once)
+        n_scored = everything(name) if name in plan.bases else n_reported
+        yield _Pass(scorer, engine_of(scorer), n_scored, who, at_once=at_once)
     if (parity := plan.scoring.parity) is not None:
         n_compared = min(n_test, parity.max_pairs or n_test)
         compared = parity.policies or plan.policies
         references = {plan.reference_of(policy) for policy in compared}
         at_once = min(plan.model_steps, len(compared))
         for name in (*map(plan.reference_of, compared), *references):
-            yield _Pass(plan.models[name], parity.engine, n_compared, at_once=at_once)
+            yield _Pass(plan.scored_as(name), parity.engine, n_compared, at_once=at_once)
 
 
 def _measure(plan: Plan) -> tuple[int, float, float]:

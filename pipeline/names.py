@@ -2,23 +2,27 @@
 
 import json
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from pipeline.errors import StoreError
+from pipeline.export.merged import merged_policy, read_record
 from pipeline.ids import unit_interval
-from pipeline.models import Checkpoint, policy_checkpoint, resolve
-from pipeline.plan import ModelConfig, Plan
+from pipeline.models import Checkpoint, identify, policy_checkpoint, resolve
+from pipeline.plan import Extra, ModelConfig, Plan
 from pipeline.scoring.ledger import (
     ScorerKey,
     other_numerics,
-    read_logprobs,
+    read_complete,
     recorded_difference,
 )
 from pipeline.scoring.passes import with_passes
 from pipeline.scoring.run import scorer_key
-from pipeline.store import Store, current_snapshot, read
+from pipeline.store import Store, current_snapshot, read, verify
 from pipeline.training.data.kl_rows import kl_sequences
+from pipeline.training.data.preferences import read_preferences
 
 
 def store_of(plan: Plan) -> Store:
@@ -29,22 +33,42 @@ def store_of(plan: Plan) -> Store:
 def scored_by(plan: Plan, store: Store, name: str) -> tuple[ModelConfig, Checkpoint]:
     """The checkpoint behind a name and how it is run: a model's, an objective's or audit's policy.
 
-    A policy is scored in its reference's numerics, since the two are subtracted.
+    A policy is scored in its reference's numerics, since the two are subtracted. One that is
+    another objective's reference or start is scored merged, as the model the other is trained from:
+    an adapter that is applied rounds otherwise, and a policy that has not moved from its start must
+    be exactly 0 from it. So it is one model in every role, in its own rewards too.
 
     Raises:
-        StoreError: the policy is not trained, or its files are gone.
+        StoreError: the policy is not trained, its files are gone, or its start is another by now.
+        ModelError: it is to be merged and cannot be.
     """
     if name in plan.models:
         return plan.models[name], resolve(plan.models[name], store)
     if name in plan.audits:
         audit = plan.audits[name]
         return plan.models[audit.reference], resolve(plan.models[audit.policy], store)
-    objective = plan.objectives[name]
+    directory, start = policy_of(plan, store, name)
+    if name in plan.bases:
+        return plan.scored_as(name), Checkpoint(merged_policy(store, directory, start.path))
+    return plan.scored_as(name), policy_checkpoint(start.path, directory)
+
+
+def policy_of(plan: Plan, store: Store, name: str) -> tuple[Path, Checkpoint]:
+    """Where an objective's policy is, and the model it was trained from.
+
+    Raises:
+        StoreError: the policy is not trained, its files are gone, or its start is another by now.
+    """
     directory = store.policies / policy_id_of(store, name)
     if not directory.exists():
         raise StoreError(f"{directory}: the policy of objective '{name}' is missing; train it")
-    start = resolve(plan.models[objective.start], store)
-    return plan.models[objective.reference], policy_checkpoint(start.path, directory)
+    _, start = scored_by(plan, store, plan.objectives[name].start)
+    if read_record(directory)["start_model_id"] != identify(start, store).model_id:
+        raise StoreError(
+            f"{directory}: the policy of objective '{name}' was trained from another "
+            f"'{plan.objectives[name].start}' than there is now; train it again"
+        )
+    return directory, start
 
 
 def key_of(plan: Plan, store: Store, name: str) -> tuple[ScorerKey, Checkpoint]:
@@ -78,7 +102,8 @@ def earlier_key(
     wanted = {who: wanted_sequences(plan, store, who) for who in today}
 
     def complete(who: str, key: ScorerKey) -> bool:
-        return wanted[who].join(read_logprobs(key), on="sequence_id", how="anti").is_empty()
+        held = read_complete(key, wanted_extras(plan, who))
+        return wanted[who].join(held, on="sequence_id", how="anti").is_empty()
 
     def usable(who: str, key: ScorerKey) -> bool:
         if not complete(who, key):
@@ -107,8 +132,27 @@ def policy_id_of(store: Store, name: str) -> str:
     Raises:
         StoreError: none was.
     """
-    pointer = current_snapshot(store, f"policies/{name}", ".json").path
-    return str(json.loads(pointer.read_text())["policy_id"])
+    return str(policy_record(store, name)["policy_id"])
+
+
+def policy_record(store: Store, name: str) -> dict[str, Any]:
+    """What stands about the policy an objective has trained last: its id and its settings.
+
+    Raises:
+        StoreError: none was, or the record is damaged.
+    """
+    pointer = current_snapshot(store, f"policies/{name}", ".json")
+    verify(pointer.path, pointer.digest)
+    record: dict[str, Any] = json.loads(pointer.path.read_text())
+    return record
+
+
+def described(plan: Plan, store: Store, name: str) -> str:
+    """What a name stands for, without the machine it is on, as records and reports have it."""
+    if name in plan.objectives:
+        return f"{name}: the policy {policy_id_of(store, name)}"
+    checkpoint = plan.models[name].checkpoint
+    return f"{name}: {Path(checkpoint).name if Path(checkpoint).exists() else checkpoint}"
 
 
 def reported_pairs(plan: Plan, store: Store) -> pl.DataFrame:
@@ -117,28 +161,33 @@ def reported_pairs(plan: Plan, store: Store) -> pl.DataFrame:
     All that were tokenised, or all but those of the `train` split that `scoring.train_pairs`
     leaves out.
     """
-    ways = read(store, "pair_sequences")
+    return _reported(plan, read(store, "pair_sequences"), read(store, "pairs"), "pair_id")
+
+
+def _reported(plan: Plan, ways: pl.DataFrame, table: pl.DataFrame, key: str) -> pl.DataFrame:
     most = plan.scoring.train_pairs
     if most is None:
         return ways
-    pairs = read(store, "pairs").filter(pl.col("split") == "train")
-    train = ways.join(pairs, on="pair_id", how="semi")["pair_id"]
+    train = ways.join(table.filter(pl.col("split") == "train"), on=key, how="semi")[key]
     out = sorted(train, key=partial(unit_interval, salt="reported"))[most:]
-    return ways.filter(~pl.col("pair_id").is_in(out))
+    return ways.filter(~pl.col(key).is_in(out))
 
 
 def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
     """What a model or policy of the plan has to score, as `schemas.Sequence` with its passes.
 
     The reference of a loss with a KL term scores that loss's mismatched replies too; the policy
-    scores them while it is trained. A policy scores what it is reported on.
+    scores them while it is trained. A policy scores the pairs it is reported on, and the labels if
+    it could be trained on any; one that is another's reference or start all that a model scores.
     """
-    sequences = read(store, "sequences")
-    if name in plan.policies:
+    sequences, preferences = read(store, "sequences"), read_preferences(store)
+    labels = preferences.label_sequences
+    if name in plan.policies and name not in plan.bases:
         ways = reported_pairs(plan, store)
-        sequences = sequences.filter(
-            pl.col("sequence_id").is_in([*ways["chosen_id"], *ways["rejected_id"]])
-        )
+        ids = [*ways["chosen_id"], *ways["rejected_id"]]
+        if name in plan.objectives and plan.objectives[name].reads_labels:
+            ids += _reported(plan, labels, preferences.labels, "label_id")["sequence_id"].to_list()
+        sequences = sequences.filter(pl.col("sequence_id").is_in(ids))
     kl = [
         read(store, f"kl_sequences/{objective}")
         for objective, config in plan.objectives.items()
@@ -146,4 +195,9 @@ def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
     ]
     mismatched = [kl_sequences(table, sequences) for table in kl]
     wanted = pl.concat([sequences, *mismatched]).unique("sequence_id").sort("sequence_id")
-    return with_passes(wanted, read(store, "pair_sequences"), *kl)
+    return with_passes(wanted, preferences.pair_sequences, *kl, labels=labels)
+
+
+def wanted_extras(plan: Plan, name: str) -> list[Extra]:
+    """What a policy is scored for beside log-probs; a model of the plan is for nothing."""
+    return plan.scoring.token_extras if name in plan.policies else []

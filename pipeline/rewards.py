@@ -15,7 +15,7 @@ import polars as pl
 from pipeline.errors import LogratioError, ScoringError
 from pipeline.losses import LossSpec, Statistics, Values
 from pipeline.losses.table import evaluate
-from schemas import Reward, polars_schema
+from schemas import AlignedReward, Reward, polars_schema
 
 _SIDES = ("chosen", "rejected")
 _SHOWN_IDS = 3
@@ -112,8 +112,11 @@ def reward_table(
     policy_id: str,
     pairs_digest: str,
     noise_floor: float | None = None,
+    extras: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """Every tokenised pair under one policy, as `schemas.Reward`, sorted by `pair_id`.
+
+    With `extras` as `schemas.AlignedReward`.
 
     A pair without a row in `pair_sequences` was quarantined at tokenisation and is left out.
 
@@ -129,12 +132,15 @@ def reward_table(
         policy_id: of the trained policy.
         pairs_digest: the snapshot `pairs` was read from.
         noise_floor: what a log-prob of either model may be off by, nats; None if not measured.
+        extras: `schemas.SequenceExtra` of the policy, which then must have every sequence's
+            `log_sum_squares`.
 
     Raises:
         ValueError: beta is not a positive finite number.
-        MixedScorersError: `reference` or `policy` has several models or numerics.
+        MixedScorersError: `reference` or `policy` has several models or numerics, or `extras` are
+            another's.
         DuplicateRowsError: a pair or a sequence stands in a frame twice.
-        MissingLogProbsError: a tokenised pair's sequence was not scored.
+        MissingLogProbsError: a tokenised pair's sequence was not scored, or not for its extra.
         NonFiniteLogProbsError: a log-prob, or a number made of them, is not finite.
         TokenCountsDifferError: the two models scored different tokens of a sequence.
         LossInputError: the loss needs a column that `pairs` has not, or its scores overflow.
@@ -166,6 +172,8 @@ def reward_table(
     _require_scored(joined)
     _require_same_tokens(joined)
 
+    if extras is not None:
+        joined = _with_alignment(joined, extras, policy)
     joined = joined.sort("pair_id")  # joins keep no order
     table = _with_rewards(joined, beta, spec, values, statistics).with_columns(
         policy_id=pl.lit(policy_id),
@@ -175,7 +183,7 @@ def reward_table(
         pairs_digest=pl.lit(pairs_digest),
         noise_floor=pl.lit(margin_noise(noise_floor, beta), pl.Float64),
     )
-    schema = polars_schema(Reward)
+    schema = polars_schema(Reward if extras is None else AlignedReward)
     table = table.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
     # Finite log-probs can still overflow in an objective's score.
     floats = [n for n, dtype in schema.items() if dtype == pl.Float64 and n != "noise_floor"]
@@ -239,6 +247,39 @@ def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[flo
     low = 0.0 if share == 0 else max(0.0, (centre - half) / scale)
     high = 1.0 if share == 1 else min(1.0, (centre + half) / scale)
     return low, high
+
+
+def _with_alignment(
+    joined: pl.DataFrame, extras: pl.DataFrame, policy: pl.DataFrame
+) -> pl.DataFrame:
+    """Adds `alignment_chosen` and `alignment_rejected`, nats per token (WPO, equation 2)."""
+    squares = extras.filter(pl.col("extra") == "log_sum_squares")
+    _require_unique(squares, "sequence_id", "extras")
+    if not (policy.is_empty() or squares.is_empty()):
+        for column in ("model_id", "numerics_id"):
+            both = pl.concat([policy[column], squares[column]]).unique()
+            if len(both) > 1:
+                raise MixedScorersError(f"the extras are not the policy's: {_listed(both.sort())}")
+    for side in _SIDES:
+        of_side = squares.select(
+            pl.col("sequence_id").alias(f"{side}_id"), total="total", n="n_tokens"
+        )
+        joined = joined.join(of_side, on=f"{side}_id", how="left")
+        missing = joined.filter(pl.col("total").is_null())
+        if missing.height:
+            raise MissingLogProbsError(
+                f"{missing.height} pairs' {side} replies have no log_sum_squares by the policy: "
+                f"{_listed(missing['pair_id'].sort())}"
+            )
+        differ = joined.filter(pl.col("n") != pl.col(f"policy_n_{side}"))["pair_id"].sort()
+        if len(differ):
+            raise TokenCountsDifferError(
+                f"log-probs and extras are of different numbers of tokens in {len(differ)} pairs: "
+                f"{_listed(differ)}"
+            )
+        alignment = (pl.col(f"policy_{side}") - pl.col("total")) / pl.col("n")
+        joined = joined.with_columns(alignment.alias(f"alignment_{side}")).drop("total", "n")
+    return joined
 
 
 def _with_rewards(

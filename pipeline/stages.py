@@ -1,7 +1,8 @@
 """The stages of a plan, each from published tables to published tables.
 
 `intake.run_intake` comes first; then `tokenize`, `score` for every model, `train` and `score` for
-every objective, `score` for every audit, `compute_rewards` and `write_report` for both. Every stage
+every objective, `score` for every audit, `compute_rewards` and `write_report` for both; in the
+order of `Plan.policies`, where an objective comes after those whose policies it needs. Every stage
 can run again: what is there already is not computed twice.
 """
 
@@ -13,25 +14,30 @@ from pathlib import Path
 
 import polars as pl
 
+from pipeline.errors import ScoringError
 from pipeline.ids import content_id, unit_interval
 from pipeline.landscape import answerable, landscape, landscape_png
 from pipeline.losses import REGISTRY
 from pipeline.models import load_tokenizer, resolve
 from pipeline.names import (
+    described,
     earlier_key,
     key_of,
     policy_id_of,
     reported_pairs,
     scored_by,
+    wanted_extras,
     wanted_sequences,
 )
-from pipeline.plan import ModelConfig, ObjectiveConfig, Plan
+from pipeline.plan import ObjectiveConfig, Plan, selection_of
 from pipeline.report import RenderedReport, ReportInput, render
 from pipeline.rewards import reward_table
 from pipeline.rules import rule_table
 from pipeline.scoring.ledger import (
     ScorerKey,
     last_trust,
+    read_complete,
+    read_extras,
     read_logprobs,
     read_unscored,
     recorded_difference,
@@ -58,9 +64,11 @@ from pipeline.tokenization import (
     sorted_rows,
 )
 from pipeline.training.data.kl_rows import kl_rows
+from pipeline.training.data.preferences import read_preferences
 from pipeline.training.objective import train_objective
-from pipeline.training.policy import PolicyResult
+from pipeline.training.policy import PolicyResult, trained_examples
 from schemas import (
+    AlignedReward,
     KlSequence,
     LabelSequence,
     LossLandscape,
@@ -137,8 +145,9 @@ class ReportResult:
 def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     """`pairs` to `sequences`, `pair_sequences`, `untokenized_pairs` and `tokenizations`.
 
-    And `kl_sequences` for every objective whose loss has a KL term. The chat template is the
-    plan's first model's; the others must share its tokeniser.
+    And `labels` to `label_sequences` and `untokenized_labels`, and `kl_sequences` for every
+    objective whose loss has a KL term. The chat template is the plan's first model's; the others
+    must share its tokeniser.
 
     Raises:
         ModelError: no usable tokeniser or template, or two models' tokenisers differ.
@@ -168,14 +177,15 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     with sorted_rows(polars_schema(Sequence), store.directory) as rows:
         ways = pair_ways(counted_pairs(), encoder, rows.add)
         if is_published(store, "labels"):
-            labels = label_ways(read_pieces(store, "labels"), encoder, rows.add)
+            pieces = _limited_pieces(store, plan.limit_pairs, "labels", "label_id")
+            labels = label_ways(pieces, encoder, rows.add)
             publish(store, "label_sequences", labels.ways, LabelSequence)
             publish(store, "untokenized_labels", labels.untokenized, UntokenizedLabel)
         sequences = publish_pieces(store, "sequences", counted(rows.pieces()), Sequence)
+    pair_sequences = publish(store, "pair_sequences", ways.ways, PairSequence)
     kl = {
         name: kl_rows(
-            read(store, "pairs"),
-            ways.ways,
+            read_preferences(store).read_by(objective),
             read(store, "sequences"),
             partner=objective.kl_partner,
             training=plan.training,
@@ -197,7 +207,7 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
     return TokenizeResult(
         n_pairs=n_pairs,
         sequences=sequences,
-        pair_sequences=publish(store, "pair_sequences", ways.ways, PairSequence),
+        pair_sequences=pair_sequences,
         untokenized=publish(store, "untokenized_pairs", ways.untokenized, UntokenizedPair),
         tokenization_id=identity["tokenization_id"][0],
         n_tokens=n_tokens,
@@ -209,15 +219,31 @@ def tokenize(plan: Plan, store: Store) -> TokenizeResult:
 
 
 def score(plan: Plan, store: Store, name: str) -> ScoringResult:
-    """Score what is wanted of a model or a trained policy of the plan."""
+    """Score what is wanted of a model or a trained policy of the plan.
+
+    Raises:
+        ScoringError: there is nothing to score; or see `score_sequences`.
+    """
     config, checkpoint = scored_by(plan, store, name)
     sequences = wanted_sequences(plan, store, name)
+    if sequences.is_empty():
+        raise ScoringError(
+            f"'{name}' has nothing to score: no pair was tokenised, nor a label that it reads"
+        )
     result = None
     if plan.scoring.accept_equivalent is not None:
         result = _reused(plan, store, name, sequences, plan.scoring.accept_equivalent)
     if result is None:
         key = scorer_key(store, config, checkpoint)
-        result = score_sequences(name, key, config, checkpoint, sequences, plan.scoring)
+        result = score_sequences(
+            name,
+            key,
+            config,
+            checkpoint,
+            sequences,
+            plan.scoring,
+            extras=wanted_extras(plan, name),
+        )
     publish(store, "scorers", scorers(store.ledger), Scorer)
     return result
 
@@ -250,16 +276,26 @@ def _reused(
 
 
 def scored_rows(plan: Plan, store: Store, name: str, key: ScorerKey) -> ScoredRows:
-    """Read the ledger back and say what it holds of the sequences that were wanted."""
+    """Read the ledger back and say what it holds of the sequences that were wanted.
+
+    A sequence that lacks an extra the plan wants is not held.
+    """
     wanted = wanted_sequences(plan, store, name).select("sequence_id")
-    tried = read_unscored(key).join(wanted, on="sequence_id", how="semi").head(_SHOWN)
-    held = read_logprobs(key).join(wanted, on="sequence_id", how="semi").sort("sequence_id")
+    extras = wanted_extras(plan, name)
+    tried = read_unscored(key, extras).join(wanted, on="sequence_id", how="semi").head(_SHOWN)
+    held = read_complete(key, extras).join(wanted, on="sequence_id", how="semi")
+    held = held.sort("sequence_id")
+    said = [held["sequence_id"].to_list(), held["logprob"].to_list()]
+    if extras:
+        of_extras = read_extras(key).filter(pl.col("extra").is_in(extras))
+        of_extras = of_extras.join(held, on="sequence_id", how="semi").sort("sequence_id", "extra")
+        said += [of_extras["extra"].to_list(), of_extras["total"].to_list()]
     finite = held.filter(pl.col("logprob").is_finite())
     return ScoredRows(
         n_rows=held.height,
         n_nonfinite=held.height - finite.height,
         mean=float(finite["logprob"].sum()) / max(finite.height, 1),
-        digest=content_id("scored", held["sequence_id"].to_list(), held["logprob"].to_list()),
+        digest=content_id("scored", *said),
         unscored={
             row["sequence_id"]: f"{row['rule']}: {row['detail']}"
             for row in tried.iter_rows(named=True)
@@ -268,11 +304,15 @@ def scored_rows(plan: Plan, store: Store, name: str, key: ScorerKey) -> ScoredRo
 
 
 def train(plan: Plan, store: Store, name: str) -> PolicyResult:
-    """Train the policy of an objective, or find it trained; publish its training steps."""
+    """Train the policy of an objective, find it trained, or keep the one it has.
+
+    Publishes its training steps, and a pointer to it with the settings it was trained with.
+    """
     result = train_objective(plan, store, name)
     publish(store, f"training_steps/{name}", result.steps, TrainingStep)
     publish(store, f"training_evaluations/{name}", result.evaluations, TrainingEvaluation)
-    pointer = json.dumps({"policy_id": result.policy_id}).encode()
+    record = {"policy_id": result.policy_id, "settings": result.settings}
+    pointer = json.dumps(record, sort_keys=True).encode()
     publish_file(store, f"policies/{name}", pointer, ".json")
     return result
 
@@ -295,6 +335,7 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         # KTO's weights depend on a reference point; the one the policy was last trained with.
         if (last := read(store, f"training_steps/{name}")["kl"][-1]) is not None:
             statistics["kl"] = last
+    aligned = "log_sum_squares" in wanted_extras(plan, name)
     table = reward_table(
         read(store, "pairs"),
         reported_pairs(plan, store),
@@ -307,23 +348,27 @@ def compute_rewards(plan: Plan, store: Store, name: str) -> TableSnapshot:
         policy_id=identifier,
         pairs_digest=current_snapshot(store, "pairs").digest,
         noise_floor=_noise_floor(reference, policy),
+        extras=read_extras(policy) if aligned else None,
     )
-    return publish(store, f"rewards/{name}", table, Reward)
+    return publish(store, f"rewards/{name}", table, AlignedReward if aligned else Reward)
 
 
 def compute_landscape(plan: Plan, store: Store) -> LandscapeResult:
     """Every policy of the plan, as it is, under the losses and settings the plan asks for.
 
-    KTO is asked only where the policy's training has measured its reference point.
+    KTO is asked only where the policy's training has measured its reference point, WPO only where
+    policies are scored with `log_sum_squares` (`scoring.token_extras`).
 
     Raises:
         LossInputError: a loss the plan names needs numbers that the tables do not have.
     """
     config = plan.report.landscape
     strengths = read(store, "pairs").select("pair_id", "strength")
-    tables = []
+    tables = [pl.DataFrame(schema=polars_schema(LossLandscape))]
     for name in plan.policies:
         rewards = read(store, f"rewards/{name}").join(strengths, on="pair_id", how="left")
+        if rewards.is_empty():  # trained on labels alone, and asked about no pair
+            continue
         if rewards["strength"].null_count():
             rewards = rewards.drop("strength")
         known: dict[str, float] = {}
@@ -367,7 +412,7 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
         "pairs": current_snapshot(store, "pairs").digest,
         "rewards": current_snapshot(store, f"rewards/{name}").digest,
         "tokenisation": read(store, "tokenizations")["tokenization_id"][0],
-        "reference": f"{against}: {_shown(plan.models[against])}",
+        "reference": described(plan, store, against),
         "reference model id": reference.model.model_id,
         "policy model id": policy.model.model_id,
         "numerics id": reference.numerics.numerics_id,
@@ -375,13 +420,13 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
         f"{reference.numerics.body_dtype}, {reference.numerics.device_class}",
     }
     if name in plan.audits:
-        audited = plan.audits[name].policy
-        identities["policy"] = f"{audited}: {_shown(plan.models[audited])}"
+        identities["policy"] = described(plan, store, plan.audits[name].policy)
         loss, has_reference = {}, True
         steps = pl.DataFrame(schema=polars_schema(TrainingStep))
     else:
         identities |= {"policy id": policy_id_of(store, name), "seed": str(plan.training.seed)}
         objective = plan.objectives[name]
+        identities["start"] = described(plan, store, objective.start)
         loss, has_reference = _loss(objective), objective.spec.needs_reference
         steps = read(store, f"training_steps/{name}")
     left_out = pairs.height - _limited(pairs, plan.limit_pairs).height
@@ -399,9 +444,7 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
             quarantine=read(store, "quarantine"),
             untokenized=read(store, "untokenized_pairs"),
             training_steps=steps,
-            training_pairs=pairs.filter(pl.col("split") == "train").join(
-                ways, on="pair_id", how="semi"
-            ),
+            training_pairs=_fitted(plan, store, name, pairs, ways),
             provenance=identities,
             noise_floor=_noise_floor(reference, policy),
             n_left_out=left_out,
@@ -410,6 +453,17 @@ def write_report(plan: Plan, store: Store, name: str) -> ReportResult:
     html = publish_file(store, f"reports/{name}", rendered.html.encode(), ".html")
     numbers = publish_file(store, f"reports/{name}", rendered.json.encode(), ".json")
     return ReportResult(_pointer(store, name, html), _pointer(store, name, numbers), rendered)
+
+
+def _fitted(
+    plan: Plan, store: Store, name: str, pairs: pl.DataFrame, ways: pl.DataFrame
+) -> pl.DataFrame:
+    """What the report's baselines learn from: what the policy did, if pairs were selected."""
+    found = pairs.filter(split="train").join(ways, on="pair_id", how="semi")
+    if name in plan.audits or selection_of(plan, name).where is None:
+        return found
+    trained = trained_examples(store, policy_id_of(store, name))
+    return found.join(trained, left_on="pair_id", right_on="example_id", how="semi")
 
 
 def _loss(objective: ObjectiveConfig) -> dict[str, str]:
@@ -430,14 +484,16 @@ def _limited(pairs: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     return pairs.filter(pl.col("pair_id").is_in(_kept(pairs["pair_id"], limit)))
 
 
-def _limited_pieces(store: Store, limit: int | None) -> Iterator[pl.DataFrame]:
-    """The same pairs, some at a time."""
+def _limited_pieces(
+    store: Store, limit: int | None, table: str = "pairs", key: str = "pair_id"
+) -> Iterator[pl.DataFrame]:
+    """The same pairs (or labels), some at a time."""
     kept = None
     if limit is not None:
-        ids = [piece["pair_id"] for piece in read_pieces(store, "pairs", columns=["pair_id"])]
-        kept = _kept(pl.concat([pl.Series("pair_id", [], pl.String), *ids]), limit)
-    for piece in read_pieces(store, "pairs"):
-        yield piece if kept is None else piece.filter(pl.col("pair_id").is_in(kept))
+        ids = [piece[key] for piece in read_pieces(store, table, columns=[key])]
+        kept = _kept(pl.concat([pl.Series(key, [], pl.String), *ids]), limit)
+    for piece in read_pieces(store, table):
+        yield piece if kept is None else piece.filter(pl.col(key).is_in(kept))
 
 
 def _kept(ids: pl.Series, limit: int) -> list[str]:
@@ -449,11 +505,6 @@ def _noise_floor(*keys: ScorerKey) -> float | None:
     records = [last_trust(key) for key in keys]
     floors = [record["noise_floor"] for record in records if record is not None]
     return max(floors) if len(floors) == len(keys) else None
-
-
-def _shown(config: ModelConfig) -> str:
-    """A checkpoint's name without the machine it is on."""
-    return Path(config.checkpoint).name if Path(config.checkpoint).exists() else config.checkpoint
 
 
 def _pointer(store: Store, name: str, snapshot: Snapshot) -> Path:

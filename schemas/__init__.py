@@ -13,8 +13,16 @@ from schemas.intake import (
     UnitCandidate,
 )
 from schemas.landscape import LossLandscape
-from schemas.rewards import Reward
-from schemas.scoring import LogProb, Scorer, TokenLogProb, UnscoredSequence, identity_fields
+from schemas.rewards import AlignedReward, Reward
+from schemas.scoring import (
+    LogProb,
+    Scorer,
+    SequenceExtra,
+    TokenExtra,
+    TokenLogProb,
+    UnscoredSequence,
+    identity_fields,
+)
 from schemas.sequences import (
     KlSequence,
     LabelSequence,
@@ -24,12 +32,13 @@ from schemas.sequences import (
     UntokenizedLabel,
     UntokenizedPair,
 )
-from schemas.training import TrainingEvaluation, TrainingStep
+from schemas.training import TrainedExample, TrainingEvaluation, TrainingStep
 
 __all__ = [
     "MESSAGES",
     "SPANS",
     "TOKEN_IDS",
+    "AlignedReward",
     "Confound",
     "InputRow",
     "KlSequence",
@@ -46,9 +55,12 @@ __all__ = [
     "RuleCount",
     "Scorer",
     "Sequence",
+    "SequenceExtra",
     "Table",
+    "TokenExtra",
     "TokenLogProb",
     "Tokenization",
+    "TrainedExample",
     "TrainingEvaluation",
     "TrainingStep",
     "UnitCandidate",

@@ -50,3 +50,17 @@ class Reward(Table):
     )
     correct: float = pa.Field(isin=[0.0, 0.5, 1.0], description="1, or 0.5 for a tie.")
     gradient_weight: float = pa.Field(ge=0)
+
+
+class AlignedReward(Reward):
+    """`Reward` with what WPO (Zhou et al. 2024, arXiv 2406.11827, eq. 2) weighs a reply by.
+
+    Of a policy that was scored with the extra `log_sum_squares`. The exp of an alignment is about 1
+    for a reply sampled from the policy, and small for one it would not say.
+    """
+
+    alignment_chosen: float = pa.Field(
+        description="Mean over scored tokens of log p(token) - log sum_v p(v)^2 under the policy, "
+        "nats per token."
+    )
+    alignment_rejected: float

@@ -5,6 +5,11 @@ import polars as pl
 
 from schemas.base import ID, Table
 
+EXTRAS = ["log_sum_squares", "entropy"]
+"""Of a token's distribution p over the vocabulary: log sum_v p(v)^2, -sum_v p(v) log p(v)."""
+
+EXTRA_KEY = ["sequence_id", "extra"]
+
 
 class Scorer(Table):
     """One row is a way of scoring: a model under one numerics.
@@ -89,6 +94,37 @@ class TokenLogProb(Table):
     numerics_id: str = pa.Field(str_matches=ID)
     sequence_id: str = pa.Field(unique=True, str_matches=ID)
     logprobs: pl.List(pl.Float32)  # type: ignore[valid-type]
+
+
+class SequenceExtra(Table):
+    """One row is what was asked of a scored sequence's tokens beside their log-probs, added up."""
+
+    model_id: str = pa.Field(str_matches=ID)
+    numerics_id: str = pa.Field(str_matches=ID)
+    sequence_id: str = pa.Field(str_matches=ID)
+    extra: str = pa.Field(isin=EXTRAS)
+    total: float = pa.Field(description="float64 sum over the scored tokens, nats.")
+    n_tokens: int = pa.Field(ge=1, description="Scored tokens.")
+
+    class Config:
+        """One row for each of a sequence's extras."""
+
+        unique = EXTRA_KEY
+
+
+class TokenExtra(Table):
+    """The same token by token, nats."""
+
+    model_id: str = pa.Field(str_matches=ID)
+    numerics_id: str = pa.Field(str_matches=ID)
+    sequence_id: str = pa.Field(str_matches=ID)
+    extra: str = pa.Field(isin=EXTRAS)
+    values: pl.List(pl.Float32)  # type: ignore[valid-type]
+
+    class Config:
+        """One row for each of a sequence's extras."""
+
+        unique = EXTRA_KEY
 
 
 class UnscoredSequence(Table):

@@ -71,18 +71,24 @@ class LabelSequence(Table):
 class KlSequence(Table):
     """One row is a mismatched reply: a row of training data answered by another row's reply.
 
-    A pair is two rows, its chosen and its rejected side. The mean log-ratio over such replies
-    estimates how far a policy is from its reference (KTO's reference point). The sequence itself is
-    the prompt of `prompt_of` and the reply of `completion_of`, cut where the two are too long.
+    A pair is two rows, its chosen and its rejected side; a label is one, on the chosen side where
+    it is desirable, else on the rejected one. The mean log-ratio over such replies estimates how
+    far a policy is from its reference (KTO's reference point). The sequence itself is the prompt of
+    `prompt_of` and the reply of `completion_of`, cut where the two are too long.
     """
 
     tokenization_id: str = pa.Field(str_matches=ID)
-    pair_id: str = pa.Field(str_matches=ID)
+    pair_id: str | None = pa.Field(
+        nullable=True, str_matches=ID, description="The row's pair; null for a label."
+    )
+    label_id: str | None = pa.Field(
+        nullable=True, str_matches=ID, description="The row's label; null for a pair's side."
+    )
     side: str = pa.Field(isin=SIDES)
     step: int | None = pa.Field(
         nullable=True, ge=1, description="The optimiser step it is for; null for every step."
     )
-    partner_id: str = pa.Field(str_matches=ID, description="The pair whose reply it is.")
+    partner_id: str = pa.Field(str_matches=ID, description="The pair or label whose reply it is.")
     partner_side: str = pa.Field(isin=SIDES)
     prompt_of: str = pa.Field(str_matches=ID, description="A sequence with the row's prompt.")
     completion_of: str = pa.Field(str_matches=ID, description="The sequence with the reply.")
@@ -92,7 +98,7 @@ class KlSequence(Table):
     class Config(Table.Config):
         """A row has one partner in a step."""
 
-        unique: ClassVar[list[str]] = ["pair_id", "side", "step"]
+        unique: ClassVar[list[str]] = ["pair_id", "label_id", "side", "step"]
 
 
 class UntokenizedPair(Table):

@@ -28,6 +28,17 @@ class TrainingStep(Table):
     )
     logps_chosen: Series[pl.Float64] = pa.Field(alias="logps/chosen", nullable=True)
     logps_rejected: Series[pl.Float64] = pa.Field(alias="logps/rejected", nullable=True)
+    entropy: float | None = pa.Field(
+        nullable=True,
+        ge=0,
+        description="Mean over scored tokens, nats; null unless `training.token_statistics`.",
+    )
+    mean_token_accuracy: float | None = pa.Field(
+        nullable=True,
+        ge=0,
+        le=1,
+        description="Share of preferred replies' tokens that the policy would have chosen.",
+    )
     kl: float | None = pa.Field(
         nullable=True,
         ge=0,
@@ -37,6 +48,14 @@ class TrainingStep(Table):
     grad_norm: float = pa.Field(ge=0)
     learning_rate: float = pa.Field(ge=0)
     num_tokens: int = pa.Field(ge=1, description="Tokens seen since the start, prompts included.")
+
+
+class TrainedExample(Table):
+    """One row is an example a policy was given to train on; it stands beside the policy."""
+
+    policy_id: str = pa.Field(str_matches=ID)
+    example_id: str = pa.Field(unique=True, str_matches=ID, description="The pair's or label's.")
+    weight: float = pa.Field(gt=0, description="How much it counted beside others of its step.")
 
 
 class TrainingEvaluation(Table):
@@ -59,3 +78,5 @@ class TrainingEvaluation(Table):
     )
     eval_logps_chosen: Series[pl.Float64] = pa.Field(alias="eval_logps/chosen", nullable=True)
     eval_logps_rejected: Series[pl.Float64] = pa.Field(alias="eval_logps/rejected", nullable=True)
+    eval_entropy: float | None = pa.Field(nullable=True, ge=0)
+    eval_mean_token_accuracy: float | None = pa.Field(nullable=True, ge=0, le=1)

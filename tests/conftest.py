@@ -27,6 +27,16 @@ from schemas import Sequence as SequenceTable
 from schemas import polars_schema
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests go to one process, which makes its fixtures once; all of vLLM's to the same.
+
+    Two engines at once would take each other's cores and memory.
+    """
+    for item in items:
+        engine = item.path.name.startswith("test_vllm")
+        item.add_marker(pytest.mark.xdist_group("vllm" if engine else str(item.path)))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store", "test")
@@ -81,6 +91,29 @@ def write_pairs(tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
+
+    return write
+
+
+@pytest.fixture
+def write_labels(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Write n labels (or the given rows), two of three desirable; returns the plan's source."""
+
+    def label(i: int) -> dict[str, Any]:
+        said = f"it is {i} because" if i % 2 else f"that depends: {i}"
+        return {
+            "prompt": [{"role": "user", "content": f"why is it {i}?"}],
+            "completion": [{"role": "assistant", "content": said}],
+            "label": i % 3 > 0,
+        }
+
+    def write(
+        n: int = 20, rows: list[dict[str, Any]] | None = None, name: str = "labels.jsonl"
+    ) -> dict[str, str]:
+        path = tmp_path / name
+        rows = rows or [label(i) for i in range(n)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"path": str(path), "shape": "unpaired"}
 
     return write
 

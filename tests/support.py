@@ -1,8 +1,10 @@
 """What several tests build: a tiny random model with a real tokeniser, and a fake engine."""
 
+import contextlib
 import hashlib
+import resource
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,17 @@ class MeasuredWarning(UserWarning):
 def measured(said: str) -> None:
     """Print a measured number at the end of the test run."""
     warnings.warn(said, MeasuredWarning, stacklevel=2)
+
+
+@contextlib.contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    """Writing beyond this fails, with EFBIG where a full disk gives ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def tokenized(path: Path, *overrides: str) -> tuple[Plan, Store]:

@@ -150,7 +150,7 @@ def trl_trainer(
 
     trainer.compute_loss = watched
 
-    class Watch(TrainerCallback):
+    class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             parts.clear()
             self.began = perf_counter()

@@ -75,6 +75,9 @@ REGISTRY: dict[str, LossSpec] = {
     for spec in family
 }
 
+OF_ROWS = tuple(name for name, spec in REGISTRY.items() if spec.rows is not None)
+"""The losses that labels can train: each reply has a loss of its own, whatever its rival's is."""
+
 NOT_YET = {
     "humanline": "clamps each token's log-ratio before the sum (HALOs): needs token lists of both "
     "models",
@@ -85,6 +88,7 @@ NOT_YET = {
 __all__ = [
     "NEEDS",
     "NOT_YET",
+    "OF_ROWS",
     "REGISTRY",
     "LossInputError",
     "LossSpec",

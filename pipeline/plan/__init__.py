@@ -6,6 +6,7 @@ from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import LandscapeConfig, ReportConfig
 from pipeline.plan.sections import (
     AuditConfig,
+    Extra,
     LoraConfig,
     ModelConfig,
     ParityConfig,
@@ -17,9 +18,11 @@ from pipeline.plan.sections import (
     TrainingConfig,
     VllmConfig,
 )
+from pipeline.plan.selection import Selection, Sql, policies_named, selection_of
 
 __all__ = [
     "AuditConfig",
+    "Extra",
     "LandscapeConfig",
     "LoraConfig",
     "ModelConfig",
@@ -28,12 +31,16 @@ __all__ = [
     "Plan",
     "ReportConfig",
     "ScoringConfig",
+    "Selection",
     "SourceConfig",
     "SplitConfig",
+    "Sql",
     "TokenizationConfig",
     "TrainingConfig",
     "VllmConfig",
     "environment_overrides",
     "load_plan",
+    "policies_named",
+    "selection_of",
     "write_audit_plan",
 ]

@@ -33,14 +33,16 @@ def write_audit_plan(
         pairs: the file or folder of preference pairs.
         reference: a checkpoint: directory, hub id or `packaged:` name.
         policy: another; or the directory of a PEFT adapter, which goes over the reference; or the
-            `current.json` of a policy that a plan has trained.
+            `current.json` of a policy that a plan has trained, which goes over its start if that is
+            another policy.
         store: where the tables go.
         name: the plan's; by default made of the file's name.
         shape: of the pairs; found out by default.
         numerics: `dtype`, `engine` and the like of both models.
 
     Raises:
-        PlanError: there are no pairs, or a `.json` is no pointer to a policy.
+        PlanError: there are no pairs, a `.json` is no pointer to a policy, or the policy that one
+            was trained from is gone.
         SourceError: no shape fits, or the folder holds no data files.
     """
     if not pairs.exists():
@@ -52,7 +54,7 @@ def write_audit_plan(
         audit, policy = _slug(pointer.parent.name), str(_trained(pointer))
     audited = {**model, "checkpoint": _located(policy)}
     if (Path(policy) / "adapter_config.json").exists():
-        audited = {**model, "adapter": _located(policy)}
+        audited = {**model, **_own_start(Path(policy)), "adapter": _located(policy)}
     values: dict[str, Any] = {
         "name": plan,
         "store": str(store.resolve()),
@@ -89,6 +91,20 @@ def _trained(pointer: Path) -> Path:
     if not directory.is_dir():
         raise PlanError(f"{pointer}: the policy it names is not at {directory}")
     return directory
+
+
+def _own_start(policy: Path) -> dict[str, str]:
+    """The checkpoint of an adapter that a plan has trained from another policy of the store."""
+    try:
+        start = Path(json.loads((policy / "policy.json").read_text())["start"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    beside = policy.resolve().parent
+    if start.parent.name != beside.name:
+        return {}  # a model: the reference, as for any adapter
+    if not (beside / start.name).is_dir():
+        raise PlanError(f"{policy}: the policy it was trained from is not at {beside / start.name}")
+    return {"checkpoint": str(beside / start.name)}
 
 
 def _shape_of_first(pairs: Path) -> str:

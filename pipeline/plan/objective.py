@@ -19,7 +19,7 @@ from pipeline.losses.base import Parameter
 from pipeline.losses.sums import WEIGHT
 from pipeline.plan.faults import Name, fault
 
-_NOT_VALUES = ("loss", "kl_partner", "reference", "start")
+_NOT_VALUES = ("loss", "data", "kl_partner", "reference", "start", "where", "weight")
 
 
 class ObjectiveConfig(BaseModel):
@@ -35,11 +35,22 @@ class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     loss: str | dict[str, dict[str, float]]
+    data: Literal["pairs", "labels", "both"] | None = Field(
+        default=None,
+        description="What it trains on; null: the pairs, and the labels too where the loss can "
+        "read them, as KTO and BCO can.",
+    )
     kl_partner: Literal["ring", "batch_rotation"] | None = Field(
         default=None, description="Where KTO's mismatched replies come from."
     )
     reference: Name
     start: Name
+    where: str | None = Field(
+        default=None, description="Which pairs it is trained on, instead of `training.where`."
+    )
+    weight: str | None = Field(
+        default=None, description="How much each counts, instead of `training.weight`."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +73,12 @@ class ObjectiveConfig(BaseModel):
         _require_trained(spec)
         if not spec.needs_kl and "kl_partner" in said:
             raise fault("kl_partner", _has_none("kl_partner", spec.name, spec.parameters))
+        if spec.rows is None and said.get("data") in ("labels", "both"):
+            raise fault(
+                "data",
+                f"the loss {spec.name} is one of pairs, which labels cannot train; these read "
+                f"labels: {', '.join(losses.OF_ROWS)}",
+            )
         default: dict[str, Any] = {"kl_partner": "ring"} if spec.needs_kl else {}
         if not spec.needs_reference and "start" in said:
             default["reference"] = said["start"]
@@ -82,6 +99,22 @@ class ObjectiveConfig(BaseModel):
         return losses.weighted_sum({name: losses.REGISTRY[name] for name in self.loss})
 
     @property
+    def reads_pairs(self) -> bool:
+        """Whether it trains on pairs, where there are any."""
+        return self.data != "labels"
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it trains on labels, where there are any."""
+        return self.data != "pairs" and self.spec.rows is not None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of `pairs` and `labels` those it reads."""
+        read = {"pairs": self.reads_pairs, "labels": self.reads_labels}
+        return [kind for kind, reads in read.items() if reads]
+
+    @property
     def values(self) -> dict[str, float]:
         """The loss's parameters by name, a sum's as `<term>.<parameter>`."""
         if isinstance(self.loss, str):
@@ -95,6 +128,8 @@ class ObjectiveConfig(BaseModel):
     def __str__(self) -> str:
         """For instance `ipo, beta 0.1, target 5 nats`."""
         said = [self.spec.name, *(f"{name} {value:g}" for name, value in self.values.items())]
+        if self.data is not None:
+            said.append({"both": "pairs and labels"}.get(self.data, f"{self.data} only"))
         if (target := self.spec.target(self.values)) is not None:
             said.append(f"target {target}")
         return ", ".join(said)

@@ -17,9 +17,17 @@ from pipeline.ids import content_id
 from pipeline.plan.faults import SECTION, Name, fault
 from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import ReportConfig
+from pipeline.plan.rounds import bases, rounds
+from pipeline.plan.selection import require_selectable
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
 from schemas import TrainingEvaluation, polars_schema
+
+Extra = Literal["log_sum_squares", "entropy"]
+"""What may be computed of a scored token's distribution p over the vocabulary, nats.
+
+`log_sum_squares`: log sum_v p(v)^2 (WPO, arXiv 2406.11827). `entropy`: -sum_v p(v) log p(v).
+"""
 
 _TAKEN = ("dagster", "ledger", "models", "policies")
 """What stands in the store beside the plans' own folders (`pipeline.store.Store`)."""
@@ -193,11 +201,30 @@ class TrainingConfig(_Section):
         "into the trainer's, or refused.",
     )
     lora: LoraConfig = LoraConfig()
+    where: str | None = Field(
+        default=None,
+        description="Which pairs of the training split are trained on: a condition in SQL over "
+        "`pairs` and rewards (docs/selection.md); null: all.",
+    )
+    weight: str | None = Field(
+        default=None,
+        description="How much each of them counts beside the others of its step: a number above "
+        "0 in SQL; null: all the same.",
+    )
+    retrain: Literal["always", "never"] | dict[str, int] = Field(
+        default="always",
+        description="Whether other data is a reason to train a policy anew: always, never, or "
+        "{min_new_pairs: N}. A change of the plan always is.",
+    )
     evaluate_every: int | None = Field(
-        default=None, ge=1, description="Steps between evaluations on held-out pairs; null: none."
+        default=None,
+        ge=1,
+        description="Steps between evaluations on held-out pairs (or labels); null: none.",
     )
     evaluation_pairs: int | None = Field(
-        default=None, ge=1, description="Held-out pairs to evaluate on, the first by hash."
+        default=None,
+        ge=1,
+        description="Held-out pairs (or labels) to evaluate on, the first by hash.",
     )
     best_metric: str = Field(
         default="eval_loss",
@@ -225,6 +252,9 @@ class TrainingConfig(_Section):
         default=None, ge=1, description="Copies of the model's modules; null: what suits a CPU."
     )
     processes: int = Field(default=1, ge=1, description="Started by torchrun, one a device.")
+    token_statistics: bool = Field(
+        default=False, description="Whether entropy and token accuracy are computed and logged."
+    )
     log_to: list[Literal["tensorboard", "wandb"]] = Field(
         default=[], description="Experiment trackers, which must be installed."
     )
@@ -245,6 +275,18 @@ class TrainingConfig(_Section):
             said = {k: v for k, v in said.items() if k not in _EVALUATION}
         return said
 
+    @field_validator("retrain", mode="before")
+    @classmethod
+    def _retrain_is_known(cls, given: Any) -> Any:
+        match given:
+            case "always" | "never":
+                return given
+            case {"min_new_pairs": int(n)} if len(given) == 1 and n >= 1 and n is not True:
+                return given
+        raise ValueError(
+            f"{given!r} is not one of always, never, {{min_new_pairs: N}} with N at least 1"
+        )
+
     @model_validator(mode="after")
     def _best_is_looked_for(self) -> "TrainingConfig":
         if (self.keep_best or self.patience) and self.evaluate_every is None:
@@ -256,7 +298,9 @@ _EVALUATION = {"evaluate_every", "evaluation_pairs", "best_metric", "keep_best",
 # Whether a reference was corrected shows in its values.
 _NOT_WEIGHTS = {
     *("reference_correction", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"),
-    *("micro_batch_tokens", "threads", "processes", "log_to"),
+    *("micro_batch_tokens", "threads", "processes", "log_to", "token_statistics"),
+    # What they select shows in the values.
+    *("where", "weight", "retrain"),
 }
 
 
@@ -301,6 +345,11 @@ class ScoringConfig(_Section):
     null_test_tolerance: float | None = Field(
         default=None, gt=0, description="Nats per sequence; by dtype where null."
     )
+    token_extras: list[Extra] = Field(
+        default=[],
+        description="Computed of every scored token of a policy beside its log-prob, by the torch "
+        "engine only: `log_sum_squares` lets `loss_landscape` answer for WPO.",
+    )
     parity: ParityConfig | None = None
     accept_equivalent: float | None = Field(
         default=None,
@@ -313,7 +362,7 @@ class ScoringConfig(_Section):
         default=None,
         ge=0,
         description="Training pairs that policies are scored and reported on, the first by their "
-        "ids' hash; null: all. Held-out pairs are always scored.",
+        "ids' hash; null: all. Held-out pairs are always scored. Of labels it is the same.",
     )
 
     def tolerance(self, dtype: str) -> float:
@@ -334,7 +383,7 @@ class Plan(_Section):
     sources: dict[Name, SourceConfig] = {}
     evaluation: dict[Name, SourceConfig] = {}
     limit_pairs: int | None = Field(
-        default=None, ge=1, description="Go on with this many pairs, chosen by their ids' hash."
+        default=None, ge=1, description="Go on with this many pairs (and labels), chosen by hash."
     )
     rules: dict[str, RuleConfig] = {}
     split: SplitConfig = SplitConfig()
@@ -365,18 +414,21 @@ class Plan(_Section):
     def _names_agree(self) -> "Plan":
         if not self.sources and not self.evaluation:
             raise fault("sources", "there is none, and no evaluation source either")
-        said = [(f"objectives.{n}.reference", o.reference) for n, o in self.objectives.items()]
-        said += [(f"objectives.{n}.start", o.start) for n, o in self.objectives.items()]
-        said += [(f"audits.{n}.reference", a.reference) for n, a in self.audits.items()]
-        said += [(f"audits.{n}.policy", a.policy) for n, a in self.audits.items()]
-        for key, model in said:
-            if model not in self.models:
-                known = ", ".join(self.models)
-                raise fault(key, f"'{model}' is not one of the models: {known}")
-        for policy in (self.scoring.parity and self.scoring.parity.policies) or ():
-            if policy not in self.policies:
-                known = ", ".join(self.policies)
-                raise fault("scoring.parity.policies", f"'{policy}' is not one of {known}")
+        either: Mapping[str, Any] = {**self.models, **self.objectives}
+        said: list[tuple[str, str, Mapping[str, Any]]] = [
+            (f"objectives.{name}.{role}", getattr(objective, role), either)
+            for role in ("reference", "start")
+            for name, objective in self.objectives.items()
+        ]
+        said += [
+            (f"audits.{name}.{role}", getattr(audit, role), self.models)
+            for role in ("reference", "policy")
+            for name, audit in self.audits.items()
+        ]
+        for key, name, known in said:
+            if name not in known:
+                kinds = "models and objectives" if known is either else "models"
+                raise fault(key, f"'{name}' is not one of the {kinds}: {', '.join(known)}")
         for section, what, left, right in (
             ("objectives", "a model and an objective", self.models, self.objectives),
             ("audits", "a model and an audit", self.models, self.audits),
@@ -385,6 +437,11 @@ class Plan(_Section):
         ):
             if both := sorted(set(left) & set(right)):
                 raise fault(f"{section}.{both[0]}", f"names {what}; names must differ")
+        policies = self.policies  # objectives that go round in a circle are refused here
+        for policy in (self.scoring.parity and self.scoring.parity.policies) or ():
+            if policy not in policies:
+                known_policies = ", ".join(policies)
+                raise fault("scoring.parity.policies", f"'{policy}' is not one of {known_policies}")
         return self
 
     @model_validator(mode="after")
@@ -395,6 +452,23 @@ class Plan(_Section):
                 "is for plans without objectives and parity: what is trained or compared is "
                 "computed in the numerics of today",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _extras_can_be_computed(self) -> "Plan":
+        if self.scoring.token_extras:
+            for policy in self.policies:
+                if self.models[name := self.reference_of(policy)].engine == "vllm":
+                    raise fault(
+                        "scoring.token_extras",
+                        f"'{policy}' is scored as its reference '{name}' is, by vLLM, and only "
+                        "the torch engine computes them",
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_can_be_selected(self) -> "Plan":
+        require_selectable(self)
         return self
 
     @model_validator(mode="after")
@@ -421,8 +495,18 @@ class Plan(_Section):
 
     @property
     def policies(self) -> list[str]:
-        """What there are rewards and a report of: objectives, then audits."""
-        return [*self.objectives, *self.audits]
+        """What there are rewards and a report of: objectives round by round, then audits."""
+        return [*(name for one in self.rounds for name in one), *self.audits]
+
+    @property
+    def rounds(self) -> list[list[str]]:
+        """The objectives, each after those whose policies it needs."""
+        return rounds(self.objectives)
+
+    @property
+    def bases(self) -> set[str]:
+        """The objectives whose policy is another's reference or start."""
+        return bases(self.objectives)
 
     @property
     def scored_models(self) -> list[str]:
@@ -434,10 +518,26 @@ class Plan(_Section):
         return [name for name in self.models if name in used or name not in audited]
 
     def reference_of(self, policy: str) -> str:
-        """The model a policy is reported against."""
+        """The model, or the objective whose policy it is, that a policy is reported against."""
         if policy in self.objectives:
             return self.objectives[policy].reference
         return self.audits[policy].reference
+
+    def scored_as(self, name: str) -> ModelConfig:
+        """How a model or policy is run where it is scored.
+
+        A policy as its reference is, since the two are subtracted; whole rounds so have one
+        numerics, that of the model they are all measured against in the end.
+        """
+        while name not in self.models:
+            name = self.reference_of(name)
+        return self.models[name]
+
+    def trained_as(self, start: str) -> ModelConfig:
+        """How a start is run in training: a policy as it was trained itself."""
+        while start not in self.models:
+            start = self.objectives[start].start
+        return self.models[start]
 
     @property
     def digest(self) -> str:

@@ -193,27 +193,34 @@ def _training_numbers(
     """First and last step; both are of a batch before its update."""
     if steps.is_empty():
         return None
-    if steps["kl"].null_count() == steps.height:  # a loss that needs none
-        steps = steps.drop("kl")
+    floats = [name for name, dtype in steps.schema.items() if dtype.is_float()]
     first, last = (
         {"step": row["step"], **{name: _finite(row[name]) for name in _STEP_NUMBERS}}
         for row in (steps.row(0, named=True), steps.row(-1, named=True))
     )
     return {
         "n_steps": steps.height,
-        "n_nonfinite": steps.height - finite_rows(steps).height,
+        # A null is a number the step has none of: of labels there is no margin.
+        "n_nonfinite": steps.filter(
+            pl.any_horizontal(~pl.col(name).is_finite().fill_null(value=True) for name in floats)
+        ).height,
         "first": first,
         "last": last,
-        "starts_at_reference": _start(
-            first["rewards/margins"], first["rewards/accuracies"], noise_margin
-        )
+        "starts_at_reference": _start(steps.row(0, named=True), noise_margin)
         if has_reference
         else "has_none",
     }
 
 
-def _start(margin: float | None, agreed: float | None, noise_margin: float | None) -> str:
-    """Whether the untrained policy was the reference: every margin 0, every pair a tie."""
+def _start(first: dict[str, float | None], noise_margin: float | None) -> str:
+    """Whether the untrained policy was the reference: every margin 0, every pair a tie.
+
+    Of a step of labels, which has no margin: whether the mean rewards are 0.
+    """
+    if first["rewards/margins"] is None:
+        rewards = [first[f"rewards/{side}"] for side in ("chosen", "rejected")]
+        return "exactly" if {0.0} == {r for r in rewards if r is not None} else "no"
+    margin, agreed = (_finite(first[f"rewards/{name}"]) for name in ("margins", "accuracies"))
     if margin == 0 and agreed == 0.5:
         return "exactly"
     if margin is not None and noise_margin is not None and abs(margin) <= noise_margin:
@@ -235,5 +242,5 @@ def _quantile(values: pl.Series, q: float) -> float | None:
     return values.quantile(q, interpolation="linear")
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None

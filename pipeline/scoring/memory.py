@@ -5,8 +5,9 @@ import itertools
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,18 +28,31 @@ class OutOfMemory:
 Scored = list[list[np.ndarray | OutOfMemory]]
 """As `Engine.score` returns it, but for what does not fit."""
 
+_Result = TypeVar("_Result")
+
 
 def score_within_memory(engine: Engine, groups: Sequence[Group], batch_tokens: int) -> Scored:
-    """`Engine.score`; where it is out of memory, the same in halves, in the same order.
+    """`Engine.score`; where it is out of memory, the same in halves (`within_memory`).
+
+    Raises:
+        ScoringError: as the engine does.
+    """
+    return within_memory(lambda some: engine.score(some, batch_tokens), groups)
+
+
+def within_memory(
+    score: Callable[[Sequence[Group]], list[list[_Result]]], groups: Sequence[Group]
+) -> list[list[_Result | OutOfMemory]]:
+    """Have groups scored; where that is out of memory, the same in halves, in the same order.
 
     At most 2n - 1 calls for n sequences. Completions of one group are separated last, since they
     may share a pass.
 
     Raises:
-        ScoringError: as the engine does.
+        ScoringError: as `score` does.
     """
     try:
-        return [list(group) for group in engine.score(groups, batch_tokens)]
+        return [list(group) for group in score(groups)]
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -50,7 +64,7 @@ def score_within_memory(engine: Engine, groups: Sequence[Group], batch_tokens: i
         return [[OutOfMemory(said)]]
     left, right = halves
     _log.warning("out of memory, going on in halves: %s", said)
-    first, second = (score_within_memory(engine, half, batch_tokens) for half in halves)
+    first, second = (within_memory(score, half) for half in halves)
     if left[-1].prompt_ids is right[0].prompt_ids:  # one group, cut in two
         return [*first[:-1], [*first[-1], *second[0]], *second[1:]]
     return [*first, *second]

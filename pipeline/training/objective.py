@@ -1,20 +1,24 @@
 """Training an objective of a plan: what its loss needs is gathered from the tables, or scored."""
 
-from dataclasses import dataclass
-from functools import partial
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import polars as pl
 
 from pipeline.errors import TrainingError
-from pipeline.ids import unit_interval
 from pipeline.models import Checkpoint
 from pipeline.names import key_of, scored_by, wanted_sequences
 from pipeline.plan import ModelConfig, Plan
 from pipeline.scoring.ledger import ScorerKey, read_logprobs
 from pipeline.scoring.run import score_sequences, scorer_key
 from pipeline.store import Store, read
+from pipeline.training.data.balance import class_balance
 from pipeline.training.data.correction import Correction, correct_reference
-from pipeline.training.data.examples import Example, training_pairs
+from pipeline.training.data.examples import Example, training_examples
+from pipeline.training.data.preferences import Preferences, read_preferences
+from pipeline.training.data.selection import Selected, SelectionRecord, selected_pairs
 from pipeline.training.policy import (
     PolicyResult,
     load_policy,
@@ -23,71 +27,96 @@ from pipeline.training.policy import (
     train_policy,
 )
 from pipeline.training.ranks.start import train_in_processes
+from pipeline.training.retrain import kept_policy, settings_of
 from pipeline.training.run.loop import Job
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A policy's id, what it is trained with, and what was done to its reference."""
+    """A policy's id, what it is trained with, and how that was come to."""
 
     policy_id: str
     job: Job
     correction: Correction | None
+    selection: SelectionRecord | None
+    settings: Mapping[str, Any]
 
 
 def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
-    """Train the policy of an objective, or find it trained.
+    """Train the policy of an objective, find it trained, or keep the one it has.
 
     Raises:
-        TrainingError: the reference was scored in other numerics than the trainer's and the plan
-            does not let it be corrected; or see `train_policy` and `train_in_processes`.
+        TrainingError: as `prepare` and `train_policy`.
+        LogratioError: as `train_in_processes`, if there are to be several.
     """
-    prepared = job_of(plan, store, name)
+    prepared = prepare(plan, store, name)
+    if isinstance(prepared, PolicyResult):
+        return prepared
     final = store.policies / prepared.policy_id
     if plan.training.processes > 1 and not final.exists():
         refuse_adapter(prepared.job)
         train_in_processes(plan, name, prepared.policy_id, prepared.job.checkpoints)
-        return load_policy(final, trained=True)
-    return train_policy(store, prepared.policy_id, prepared.job, prepared.correction)
+        result = load_policy(final, trained=True)
+    else:
+        result = train_prepared(store, prepared)
+    return replace(result, selection=prepared.selection, settings=prepared.settings)
 
 
-def job_of(plan: Plan, store: Store, name: str) -> Prepared:
-    """What an objective is trained with, read from the tables.
+def train_prepared(store: Store, prepared: Prepared) -> PolicyResult:
+    """Train here, as one process or one of several."""
+    return train_policy(
+        store, prepared.policy_id, prepared.job, prepared.correction, prepared.selection
+    )
+
+
+def prepare(plan: Plan, store: Store, name: str) -> Prepared | PolicyResult:
+    """What an objective is trained with, read from the tables; or the policy that it keeps.
 
     Raises:
-        TrainingError: as `train_objective`.
+        TrainingError: the reference was scored in other numerics than the trainer's and the plan
+            does not let it be corrected; or see `selected_pairs`.
     """
     objective = plan.objectives[name]
     # The trainer is torch, whatever engine scores the start.
-    start_config = plan.models[objective.start].model_copy(update={"engine": "torch"})
+    start_config = plan.trained_as(objective.start).model_copy(update={"engine": "torch"})
     planned, start = key_of(plan, store, objective.start)
     here = scorer_key(store, start_config, start)
-    start_logprobs, tolerance = read_logprobs(planned), plan.scoring.tolerance(start_config.dtype)
-    reference_key, reference, correction = None, None, None
+    reference_key = None
     if objective.spec.needs_reference:
         reference_key, _ = key_of(plan, store, objective.reference)
+    selected = selected_pairs(plan, store, name)
+    preferences = read_preferences(store).read_by(objective)
+    training = _selected(preferences.of_splits("train"), selected)
+    reference_id = None if reference_key is None else reference_key.model.model_id
+    settings = settings_of(plan, store, name, here.model.model_id, reference_id)
+    if (kept := kept_policy(plan, store, name, settings, training.ids)) is not None:
+        found = load_policy(store.policies / kept.policy_id, trained=False)
+        return replace(found, selection=selected.record, retained=kept, settings=settings)
+    start_logprobs, tolerance = read_logprobs(planned), plan.scoring.tolerance(start_config.dtype)
+    reference, correction = None, None
+    if reference_key is not None:
         reference = read_logprobs(reference_key)
         if not reference_key.numerics.comparable(here.numerics):
             reference, correction, start_logprobs = _corrected(
-                plan, store, name, start_config, start, here, reference_key, reference
+                plan, store, name, start_config, start, here, reference_key, reference, training
             )
-    elif not planned.numerics.comparable(here.numerics):
+    if correction is None and not planned.numerics.comparable(here.numerics):
         tolerance = max(tolerance, _parity_tolerance(plan, objective.start))
-    kl = read(store, f"kl_sequences/{name}") if objective.spec.needs_kl else None
-    pairs, ways = read(store, "pairs"), read(store, "pair_sequences")
+    kl = _mismatched(store, name, training) if objective.spec.needs_kl else None
     sequences = wanted_sequences(plan, store, objective.reference)
-    with_strength = "strength" in objective.spec.needs
-    examples = training_pairs(pairs, ways, sequences, reference, kl, with_strength=with_strength)
+    examples = [
+        replace(example, weight=selected.weights.get(example.example_id, 1.0))
+        for example in training_examples(objective, training, sequences, reference, kl)
+    ]
     held_out: list[Example] = []
     if plan.training.evaluate_every is not None:
-        held_out = training_pairs(
-            _held_out(pairs, ways, plan.training.evaluation_pairs),
-            ways,
-            sequences,
-            reference,
-            split="test",
-            with_strength=with_strength,
-        )
+        kept_out = preferences.of_splits("test").first(plan.training.evaluation_pairs, "evaluated")
+        held_out = training_examples(objective, kept_out, sequences, reference, split="test")
+    balance = class_balance(examples, objective.values)
+    if balance is not None and balance.advice is not None:
+        _log.warning("objective '%s': %s", name, balance.advice)
     identifier = policy_id(here, reference_key, objective, plan.training, examples, held_out)
     job = Job(
         name,
@@ -101,16 +130,24 @@ def job_of(plan: Plan, store: Store, name: str) -> Prepared:
         tolerance,
         store.policies / ".checkpoints" / identifier,
     )
-    return Prepared(identifier, job, correction)
+    return Prepared(identifier, job, correction, selected.record, settings)
 
 
-def _held_out(pairs: pl.DataFrame, ways: pl.DataFrame, most: int | None) -> pl.DataFrame:
-    """The tokenised pairs of the `test` split, at most so many, always the same ones."""
-    test = pairs.filter(split="test").join(ways.select("pair_id"), on="pair_id", how="semi")
-    if most is None:
-        return test
-    kept = sorted(test["pair_id"], key=partial(unit_interval, salt="evaluated"))[:most]
-    return test.filter(pl.col("pair_id").is_in(kept))
+def _selected(preferences: Preferences, selected: Selected) -> Preferences:
+    """The selected pairs, and all labels: what a plan selects by is of pairs."""
+    return replace(
+        preferences,
+        pairs=selected.of(preferences.pairs),
+        pair_sequences=selected.of(preferences.pair_sequences),
+    )
+
+
+def _mismatched(store: Store, name: str, training: Preferences) -> pl.DataFrame:
+    """The mismatched replies of what is trained on."""
+    return read(store, f"kl_sequences/{name}").filter(
+        pl.col("pair_id").is_in(training.pairs["pair_id"].to_list())
+        | pl.col("label_id").is_in(training.labels["label_id"].to_list())
+    )
 
 
 def _corrected(
@@ -122,6 +159,7 @@ def _corrected(
     here: ScorerKey,
     reference_key: ScorerKey,
     reference: pl.DataFrame,
+    training: Preferences,
 ) -> tuple[pl.DataFrame, Correction, pl.DataFrame]:
     """The reference's log-probs in the trainer's numerics, the correction, and the start's there.
 
@@ -137,7 +175,7 @@ def _corrected(
             f"uses: {reference_key.numerics} against {here.numerics}; give both models the same "
             "dtype, engine and attention, or set training.reference_correction to auto"
         )
-    sequences = _trained_on(plan, store, name)
+    sequences = _trained_on(plan, store, name, training)
     score_sequences(
         f"{objective.start} for training", here, start_config, start, sequences, plan.scoring
     )
@@ -151,20 +189,19 @@ def _corrected(
     return corrected, correction, start_here
 
 
-def _trained_on(plan: Plan, store: Store, name: str) -> pl.DataFrame:
-    """The sequences training reads: its splits', and mismatched replies."""
+def _trained_on(plan: Plan, store: Store, name: str, training: Preferences) -> pl.DataFrame:
+    """The sequences training reads: what is trained on, held-out ones, mismatched replies."""
     objective = plan.objectives[name]
-    splits = ["train", "test"] if plan.training.evaluate_every is not None else ["train"]
-    train = read(store, "pairs").filter(pl.col("split").is_in(splits))
-    ways = read(store, "pair_sequences").join(train, on="pair_id", how="semi")
-    ids = [*ways["chosen_id"], *ways["rejected_id"]]
+    ids = training.sequence_ids
+    if plan.training.evaluate_every is not None:
+        ids += read_preferences(store).read_by(objective).of_splits("test").sequence_ids
     if objective.spec.needs_kl:
-        ids += read(store, f"kl_sequences/{name}")["sequence_id"].to_list()
-    wanted = wanted_sequences(plan, store, objective.reference)
-    return wanted.filter(pl.col("sequence_id").is_in(ids))
+        ids += _mismatched(store, name, training)["sequence_id"].to_list()
+    sequences = wanted_sequences(plan, store, objective.reference)
+    return sequences.filter(pl.col("sequence_id").is_in(ids))
 
 
 def _parity_tolerance(plan: Plan, model: str) -> float:
     """What two engines may differ by on the start, nats per sequence."""
-    config = plan.models[model]
+    config = plan.scored_as(model)
     return 5e-3 if config.dtype == "float32" else plan.scoring.tolerance(config.dtype)

@@ -3,24 +3,31 @@
 import json
 import shutil
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from pipeline.errors import TrainingError
 from pipeline.failpoints import reach
 from pipeline.ids import content_id
-from pipeline.models import publish_directory
+from pipeline.models import identify, publish_directory
 from pipeline.plan import ObjectiveConfig, TrainingConfig
 from pipeline.scoring.ledger import ScorerKey
 from pipeline.store import Store, checked, file_digest, read_snapshot, write_parquet
+from pipeline.training.data.balance import ClassBalance, class_balance
 from pipeline.training.data.correction import Correction
 from pipeline.training.data.examples import Example, values_digest
+from pipeline.training.data.selection import SelectionRecord
 from pipeline.training.run.devices import Devices
 from pipeline.training.run.gate import FirstStep
 from pipeline.training.run.loop import Job, Trained, train
-from schemas import Table, TrainingEvaluation, TrainingStep
+from schemas import Table, TrainedExample, TrainingEvaluation, TrainingStep, polars_schema
+
+if TYPE_CHECKING:
+    from pipeline.training.retrain import Kept
 
 TRAINER_VERSION = 3
 """Raised when the same inputs would give other weights."""
@@ -30,7 +37,10 @@ TRAINER_VERSION = 3
 class PolicyResult:
     """A policy on disk; `trained` is false if it was there already.
 
-    Its weights are those after step `kept`: the last, or the best evaluated.
+    Its weights are those after step `kept`: the last, or the best evaluated. `balance` is None
+    for a loss without a weight for a class of rows. `selection` is what would be trained on now;
+    where the policy is retained all the same, `retained` says why. `settings` are the plan's
+    (`pipeline.training.retrain`).
     """
 
     policy_id: str
@@ -41,6 +51,10 @@ class PolicyResult:
     first_step: FirstStep
     correction: Correction | None
     kept: int
+    balance: ClassBalance | None
+    selection: SelectionRecord | None = None
+    retained: "Kept | None" = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def policy_id(
@@ -83,6 +97,7 @@ def train_policy(
     identifier: str,
     job: Job,
     correction: Correction | None,
+    selection: SelectionRecord | None = None,
 ) -> PolicyResult:
     """Train a policy, go on with it, or find it trained.
 
@@ -103,7 +118,7 @@ def train_policy(
     try:
         trained = train(job, devices)
         if devices.first:
-            _save(store, final, identifier, job, trained, correction)
+            _save(store, final, identifier, job, trained, correction, selection)
             shutil.rmtree(job.checkpoints, ignore_errors=True)
         devices.wait()
     finally:
@@ -131,6 +146,7 @@ def _save(
     job: Job,
     trained: Trained,
     correction: Correction | None,
+    selection: SelectionRecord | None,
 ) -> None:
     from safetensors import SafetensorError
 
@@ -145,20 +161,28 @@ def _save(
         for pattern in ("*token*", "chat_template*"):
             for file in job.start.path.glob(pattern):
                 shutil.copy(file, temporary)
-        digests = {}
-        for name, (table, schema) in _TABLES.items():
-            rows = getattr(trained, table).select(pl.lit(identifier).alias("policy_id"), pl.all())
+        digests = {file.name: file_digest(file) for file in temporary.glob("*.safetensors")}
+        tables = {name: getattr(trained, attribute) for name, (attribute, _) in _TABLES.items()}
+        schemas = {name: schema for name, (_, schema) in _TABLES.items()}
+        tables[_EXAMPLES], schemas[_EXAMPLES] = _as_table(job.examples), TrainedExample
+        for name, schema in schemas.items():
+            rows = tables[name].select(pl.lit(identifier).alias("policy_id"), pl.all())
             with (temporary / f"{name}.parquet").open("wb") as sink:
                 write_parquet(sink, checked(name, rows, schema), name)
             digests[name] = file_digest(temporary / f"{name}.parquet")
+        balance = class_balance(job.examples, job.objective.values)
         record = {
             "policy_id": identifier,
             "objective": {"name": job.name, **job.objective.model_dump()},
             "training": job.config.model_dump(),
             "start": str(job.start.path),
+            "start_model_id": identify(job.start, store).model_id,
+            "dtype": job.numerics.dtype,
             "first_step": trained.first_step.to_dict(),
             "reference_correction": correction and correction.to_dict(),
+            "selection": selection and selection.to_dict(),
             "kept": trained.kept,
+            "class_balance": balance and balance.to_dict(),
             "blake3": digests,
         }
         (temporary / "policy.json").write_text(json.dumps(record, indent=2, sort_keys=True))
@@ -178,20 +202,43 @@ _TABLES: dict[str, tuple[str, type[Table]]] = {
 }
 
 
+_EXAMPLES = "trained_examples"
+
+
+def _as_table(examples: Sequence[Example]) -> pl.DataFrame:
+    rows = [(example.example_id, example.weight) for example in examples]
+    columns = {k: v for k, v in polars_schema(TrainedExample).items() if k != "policy_id"}
+    return pl.DataFrame(rows, schema=columns, orient="row").sort("example_id")
+
+
+def trained_examples(store: Store, identifier: str) -> pl.DataFrame:
+    """What a policy was given to train on, as `schemas.TrainedExample`.
+
+    Raises:
+        StoreError: the list is missing or damaged.
+    """
+    directory = store.policies / identifier
+    record = json.loads((directory / "policy.json").read_text())
+    path = directory / f"{_EXAMPLES}.parquet"
+    return read_snapshot(path, _EXAMPLES, record["blake3"][_EXAMPLES])
+
+
 def load_policy(directory: Path, *, trained: bool) -> PolicyResult:
     """A finished policy's tables and record."""
     record = json.loads((directory / "policy.json").read_text())
-    tables = [
+    steps, evaluations = (
         read_snapshot(directory / f"{name}.parquet", name, record["blake3"][name])
         for name in _TABLES
-    ]
-    corrected = record["reference_correction"]
+    )
+    corrected, balance = record["reference_correction"], record.get("class_balance")
     return PolicyResult(
         record["policy_id"],
         directory,
         trained,
-        *tables,
+        steps,
+        evaluations,
         FirstStep(**record["first_step"]),
         corrected and Correction(**corrected),
         record["kept"],
+        balance and ClassBalance(**balance),
     )

@@ -267,7 +267,7 @@ def test_an_override_fills_an_empty_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "key", "says"),
     [
-        ("training.sed=1", "training.sed", "unknown key; allowed: epochs"),
+        ("training.sed=1", "training.sed", "unknown key; allowed: method, epochs"),
         ("training.seed=-1", "training.seed", "-1"),
         ("training={sed: 1}", "training.sed", "unknown key"),
         ("sed=1", "sed", "unknown key"),
@@ -359,6 +359,9 @@ OTHER: dict[str, object] = {
     "pairing": "all", "score": "other", "columns": {"chosen": "other"}, "rules": {"tied": "flag"},
     "engine": "vllm", "loss": "ipo", "head_dtype": "model", "attention_backend": "FLASH_ATTN",
     "reference_correction": "never", "parity": {"engine": "vllm"},
+    "token_extras": ["entropy"], "method": "full", "best_metric": "eval_rewards/margins",
+    "log_to": ["tensorboard"],
+    "where": "votes > 1", "weight": "votes", "retrain": "never",
     "losses": ["dpo"], "audits": {"theirs": {"reference": "sft", "policy": "two"}},
 }  # fmt: skip
 """Another valid value for each key that is not a number."""
@@ -382,7 +385,10 @@ def another(keys: tuple[str, ...], value: Any) -> object:
 
 
 def test_the_digest_changes_with_every_value_and_not_with_the_place(tmp_path: Path) -> None:
-    change = put("other/model", "models", "two", "checkpoint")
+    def change(sections: dict[str, Any]) -> None:
+        put("other/model", "models", "two", "checkpoint")(sections)
+        put(5, "training", "evaluate_every")(sections)  # what others need
+
     plan = load(write(tmp_path, change))
     (tmp_path / "moved" / "there").mkdir(parents=True)
     assert load(write(tmp_path / "moved/there", change)).digest == plan.digest

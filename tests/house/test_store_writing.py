@@ -1,9 +1,7 @@
 """Writing to the store: cut short, on a full disk, by many at once."""
 
-import contextlib
 import multiprocessing
 import os
-import resource
 import subprocess
 from collections.abc import Iterator
 from multiprocessing.synchronize import Barrier
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 from stored import files, logprobs
+from support import largest_file
 
 from pipeline import store as store_module
 from pipeline.errors import StoreError
@@ -81,17 +80,6 @@ def test_a_failing_call_leaves_the_old_table(
             publish(store, "logprobs", logprobs(first=-9.0), LogProb)
     assert read(store, "logprobs").equals(logprobs())
     assert not [name for name in files(store) if name.endswith(".tmp")]
-
-
-@contextlib.contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """Writing beyond this fails, with EFBIG where a full disk gives ENOSPC."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 4, 1000, 5000, 20_000])

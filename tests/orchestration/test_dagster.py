@@ -57,13 +57,17 @@ def test_the_demo_graph() -> None:
         "preference_pairs": ["raw_preferences"],
         "preference_labels": ["raw_preferences"],
         "quarantined_rows": ["raw_preferences"],
-        "sequences": ["preference_pairs"],
+        "sequences": ["preference_labels", "preference_pairs"],
         "logprobs_smollm2": ["sequences"],
     }
     for name in ("dpo", "ipo", "simpo", "kto"):
         rewards = f"implicit_rewards_{name}"
         expected |= {
-            f"policy_{name}": ["logprobs_smollm2", "preference_pairs", "sequences"],
+            f"policy_{name}": [
+                "logprobs_smollm2",
+                *(["preference_labels"] if name == "kto" else []),  # the others are of pairs
+                *("preference_pairs", "sequences"),
+            ],
             f"logprobs_{name}": [f"policy_{name}", "sequences"],
             rewards: sorted(
                 [

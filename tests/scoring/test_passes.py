@@ -99,7 +99,7 @@ def test_training_starts_exactly_at_the_ledger_whatever_shares_a_pass(
     assert (len(shared), shared.n_unique()) == (2 * 7, 7)
     result = train(plan, store, "dpo")
     first = result.steps.row(0, named=True)
-    assert result.first_step.n == 18
+    assert result.first_step.n == shared.len() + 3  # each sequence once
     assert result.first_step.difference == 0.0
     assert (first["rewards/margins"], first["rewards/accuracies"]) == (0.0, 0.5)
 

@@ -24,6 +24,7 @@ from pipeline.scoring.engines.base import EngineDied, Open, groups_of
 from pipeline.scoring.engines.torch_engine import torch_numerics
 from pipeline.scoring.ledger import (
     ScorerKey,
+    read_extras,
     read_logprobs,
     read_token_logprobs,
     read_unscored,
@@ -182,11 +183,15 @@ def test_two_processes_with_the_torch_engine_agree_with_one_within_the_noise_flo
         key = ScorerKey(tmp_path / name, ModelIdentity("m", "{}", ""), numerics)
         settings = ScoringConfig(workers=n_workers, commit_rows=2)
         result = score_sequences(
-            "m", key, config, checkpoint, write_sequences, settings, open_torch
+            "m", key, config, checkpoint, write_sequences, settings, open_torch, ["entropy"]
         )
         assert result.null_test.passed
-        found.append(read_logprobs(key))
+        found.append(
+            read_logprobs(key).join(read_extras(key), on="sequence_id").sort("sequence_id")
+        )
     one, two = found
+    assert one.height == write_sequences.height
+    assert float((one["total"] - two["total"]).abs().max()) <= 1e-4  # type: ignore[arg-type]
     assert one["sequence_id"].equals(two["sequence_id"])
     assert float((one["logprob"] - two["logprob"]).abs().max()) <= 1e-4  # type: ignore[arg-type]
     # The control: the same through another model.

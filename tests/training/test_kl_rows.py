@@ -13,20 +13,37 @@ from pipeline.names import key_of, wanted_sequences
 from pipeline.plan import TrainingConfig
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import score, train
-from pipeline.store import read
+from pipeline.store import checked, read
 from pipeline.tokenization import sequence_id
 from pipeline.training.data.kl_rows import kl_rows, kl_sequences
+from pipeline.training.data.preferences import Preferences
 from pipeline.training.data.schedule import step_ids
-from schemas import PairSequence, PreferencePair, Sequence, polars_schema
+from schemas import (
+    KlSequence,
+    LabelSequence,
+    PairSequence,
+    PreferenceLabel,
+    PreferencePair,
+    Sequence,
+    polars_schema,
+)
 
 WritePlan = Any
 TRAINING = TrainingConfig(batch_pairs=4)
 
 
 class Tables:
-    """`pairs`, `pair_sequences` and `sequences` of made-up token ids; pair i answers prompt i."""
+    """`pairs`, `labels`, their ways and `sequences` of made-up token ids.
 
-    def __init__(self, prompts: list[int], held_out: frozenset[int] = frozenset()) -> None:
+    Pair i and label j answer the prompts given; every other label is desirable.
+    """
+
+    def __init__(
+        self,
+        prompts: list[int],
+        held_out: frozenset[int] = frozenset(),
+        labels: list[int] | None = None,
+    ) -> None:
         pairs: list[dict[str, Any]] = []
         ways: list[dict[str, Any]] = []
         sequences: dict[str, dict[str, Any]] = {}
@@ -44,8 +61,19 @@ class Tables:
                 }
             )
             ways.append({"pair_id": f"{i:032x}", "tokenization_id": "0" * 32, **sides})
+        label_rows, label_ways = [], []
+        for j, prompt in enumerate(labels or []):
+            row = self.sequence([prompt + 3, prompt + 4], [300 + j] * (2 + j % 3))
+            sequences[row["sequence_id"]] = row
+            key = {"label_id": label_id(j)}
+            split = {"prompt_id": f"{prompt:032x}", "split": "train"}
+            label_rows.append({**key, **split, "desirable": j % 2 == 0})
+            way = {"tokenization_id": "0" * 32, "sequence_id": row["sequence_id"]}
+            label_ways.append({**key, **way})
         self.pairs = _padded(pairs, polars_schema(PreferencePair))
         self.ways = _padded(ways, polars_schema(PairSequence))
+        self.labels = _padded(label_rows, polars_schema(PreferenceLabel))
+        self.label_ways = _padded(label_ways, polars_schema(LabelSequence))
         self.sequences = pl.DataFrame(list(sequences.values()), schema=polars_schema(Sequence))
 
     @staticmethod
@@ -66,8 +94,7 @@ class Tables:
     def kl(self, partner: str = "ring", max_length: int = 100, **training: Any) -> pl.DataFrame:
         config = TRAINING.model_copy(update=training)
         return kl_rows(
-            self.pairs,
-            self.ways,
+            Preferences(self.pairs, self.ways, self.labels, self.label_ways),
             self.sequences,
             partner=partner,
             training=config,
@@ -75,13 +102,19 @@ class Tables:
         )
 
 
+def label_id(j: int) -> str:
+    return f"{1000 + j:032x}"
+
+
 def _padded(rows: list[dict[str, Any]], schema: pl.Schema) -> pl.DataFrame:
     return pl.DataFrame([{**dict.fromkeys(schema), **row} for row in rows], schema=schema)
 
 
 def partners(kl: pl.DataFrame) -> dict[tuple[str, str], tuple[str, str]]:
-    return {(a, b): (c, d) for a, b, c, d in kl.select(
-        "pair_id", "side", "partner_id", "partner_side").iter_rows()}  # fmt: skip
+    rows = kl.select(
+        pl.coalesce("pair_id", "label_id"), "side", "partner_id", "partner_side"
+    ).iter_rows()
+    return {(a, b): (c, d) for a, b, c, d in rows}
 
 
 def test_a_ring_gives_every_row_a_partner_with_another_prompt() -> None:
@@ -130,6 +163,71 @@ def test_a_rotation_is_the_row_before_in_the_batch() -> None:
         found = partners(kl.filter(pl.col("step") == step))
         # TRL: KL_completion_ids = [completion_ids[-1]] + completion_ids[:-1]
         assert found == dict(zip(rows, [rows[-1], *rows[:-1]], strict=True))
+
+
+SIDE = {True: "chosen", False: "rejected"}
+
+
+def test_labels_stand_on_the_ring_as_pairs_do() -> None:
+    prompts, answered = [0, 0, 1, 2, 2, 3], [0, 0, 0, 2, 7, 8, 8]
+    tables = Tables(prompts, labels=answered)
+    kl = checked("kl_sequences", tables.kl(), KlSequence)
+    assert kl.height == 2 * 6 + 7
+    assert (kl["pair_id"].is_null() == kl["label_id"].is_not_null()).all()
+    labels = dict(zip(kl["label_id"], kl["side"], strict=True))
+    assert {label: labels[label] for label in map(label_id, range(7))} == {
+        label_id(j): SIDE[j % 2 == 0] for j in range(7)
+    }
+    by_prompt = dict(tables.pairs.select("pair_id", "prompt_id").iter_rows())
+    by_prompt |= dict(tables.labels.select("label_id", "prompt_id").iter_rows())
+    found = partners(kl)
+    assert all(by_prompt[row[0]] != by_prompt[other[0]] for row, other in found.items())
+    crossed = [(row[0] in labels) != (other[0] in labels) for row, other in found.items()]
+    assert any(crossed), "pairs and labels are on one ring"
+    made = {row["sequence_id"]: row for row in kl_sequences(kl, tables.sequences).to_dicts()}
+    assert set(made) == set(kl["sequence_id"])
+    tables.labels = tables.labels.reverse()
+    tables.label_ways = tables.label_ways.sample(fraction=1, shuffle=True, seed=1)
+    assert tables.kl().equals(kl), "the order of rows does not matter"
+
+
+def test_an_inserted_label_disturbs_its_one_neighbour() -> None:
+    before, after = (
+        partners(Tables(list(range(10)), labels=list(range(20, 20 + n))).kl()) for n in (20, 21)
+    )
+    changed = [row for row in before if before[row] != after[row]]
+    assert len(changed) == 1
+    assert after[changed[0]][0] == label_id(20)
+
+
+def test_a_rotation_of_labels_is_trls_of_an_unpaired_dataset() -> None:
+    tables = Tables([], labels=list(range(7)))
+    kl = tables.kl("batch_rotation", epochs=2, batch_pairs=3)
+    config = TRAINING.model_copy(update={"epochs": 2, "batch_pairs": 3})
+    steps = step_ids(dict.fromkeys(tables.labels["label_id"], 1), config)
+    assert [len(batch) for batch in steps] == [3, 3, 1] * 2
+    side = {label_id(j): SIDE[j % 2 == 0] for j in range(7)}
+    for step, batch in enumerate(steps, start=1):
+        rows = [(label, side[label]) for label in batch]
+        # TRL: KL_completion_ids = [completion_ids[-1]] + completion_ids[:-1], in the order of rows
+        expected = dict(zip(rows, [rows[-1], *rows[:-1]], strict=True))
+        assert partners(kl.filter(pl.col("step") == step)) == expected
+    rows = [(label, side[label]) for label in steps[0]]
+    after = dict(zip(rows, [*rows[1:], rows[0]], strict=True))
+    assert partners(kl.filter(pl.col("step") == 1)) != after, "control: the row after"
+
+
+def test_a_rotation_of_both_has_the_rejected_sides_last() -> None:
+    tables = Tables([0, 1, 2], labels=[3, 4, 5])
+    kl = tables.kl("batch_rotation", batch_pairs=4)
+    ids = [*tables.pairs["pair_id"], *tables.labels["label_id"]]
+    batch = step_ids(dict.fromkeys(ids, 1), TRAINING)[0]
+    side = {label_id(j): SIDE[j % 2 == 0] for j in range(3)}
+    rows = [(i, side.get(i, "chosen")) for i in batch]
+    rows += [(i, "rejected") for i in batch if i not in side]
+    assert 4 < len(rows) < 8, "the batch has some of both"
+    expected = dict(zip(rows, [rows[-1], *rows[:-1]], strict=True))
+    assert partners(kl.filter(pl.col("step") == 1)) == expected
 
 
 def test_the_reply_stands_under_the_rows_own_prompt() -> None:

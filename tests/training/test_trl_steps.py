@@ -1,5 +1,6 @@
 """Ten optimiser steps of six losses beside TRL's own trainers: the same losses, the same update."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def apart(a: Weights, b: Weights) -> float:
     """||a - b|| / ||b|| over all tensors."""
     above = sum(float((a[n] - b[n]).double().square().sum()) for n in b)
     below = sum(float(b[n].double().square().sum()) for n in b)
-    return (above / below) ** 0.5
+    return math.sqrt(above / below)
 
 
 def farthest(a: list[float], b: list[float]) -> float:

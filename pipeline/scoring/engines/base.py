@@ -1,10 +1,10 @@
 """What an engine is given and gives back, and the numerics that its numbers depend on."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
@@ -12,7 +12,7 @@ import polars as pl
 from pipeline.errors import ScoringError
 from pipeline.ids import content_id
 from pipeline.models import Checkpoint
-from pipeline.plan import ModelConfig
+from pipeline.plan import Extra, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,30 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """A completion's log-probs and what else was asked of its tokens, float32 [n_scored] each.
+
+    Attributes:
+        logprobs: nats, as `Engine.score` gives them.
+        extras: by name.
+    """
+
+    logprobs: np.ndarray
+    extras: Mapping[Extra, np.ndarray]
+
+
+@runtime_checkable
+class EngineWithExtras(Engine, Protocol):
+    """An engine that can tell more of a token's distribution than the log-prob of the token."""
+
+    def score_with_extras(
+        self, groups: Sequence[Group], batch_tokens: int, extras: Sequence[Extra]
+    ) -> list[list[TokenScores]]:
+        """`score`, with the same log-probs to the bit, and the extras."""
+        ...
+
+
 Open = Callable[[ModelConfig, Checkpoint, int], Engine]
 """(how to run it, the model, tokens of the longest sequence to come) to an engine."""
 
@@ -193,6 +217,10 @@ def groups_of(sequences: pl.DataFrame) -> list[Group]:
     return sorted(groups, key=_order, reverse=True)
 
 
+_ROUNDING = 1e-3
+"""Nats by which float32 may leave what is possible."""
+
+
 def check_logprobs(completion: Completion, logprobs: np.ndarray) -> None:
     """Refuse what cannot be log-probs of that completion.
 
@@ -208,6 +236,30 @@ def check_logprobs(completion: Completion, logprobs: np.ndarray) -> None:
         raise ScoringError(f"sequence {completion.sequence_id}: a log-prob is NaN or infinite")
     if (logprobs > 1e-4).any():
         raise ScoringError(f"sequence {completion.sequence_id}: a log-prob is above 0")
+
+
+def check_scores(completion: Completion, scores: TokenScores) -> None:
+    """`check_logprobs`, of the extras as well.
+
+    Raises:
+        ScoringError: wrong length, not finite, or outside what a distribution can have: no p(v) is
+            above 1, and the token's own counts.
+    """
+    check_logprobs(completion, scores.logprobs)
+    for name, values in scores.extras.items():
+        if values.shape != scores.logprobs.shape:
+            raise ScoringError(
+                f"sequence {completion.sequence_id}: {values.shape} values of {name} for "
+                f"{len(scores.logprobs)} tokens"
+            )
+        if not np.isfinite(values).all():
+            raise ScoringError(f"sequence {completion.sequence_id}: NaN or infinite {name}")
+        if name == "log_sum_squares":
+            possible = (values <= _ROUNDING) & (values >= 2 * scores.logprobs - _ROUNDING)
+        else:
+            possible = values >= -_ROUNDING
+        if not possible.all():
+            raise ScoringError(f"sequence {completion.sequence_id}: no distribution has its {name}")
 
 
 def sequence_sum(logprobs: np.ndarray) -> float:

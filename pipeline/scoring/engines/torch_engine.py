@@ -7,8 +7,9 @@ matrix products then wait for nobody, and there is one copy of the model.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,12 +21,13 @@ from pipeline.models import (
     quantisation,
     vocabulary_size,
 )
-from pipeline.plan import ModelConfig
+from pipeline.plan import Extra, ModelConfig
 from pipeline.scoring.engines.base import (
     Group,
     Limits,
     Numerics,
     Sharing,
+    TokenScores,
     major_minor,
     require_scorable,
 )
@@ -34,6 +36,11 @@ from pipeline.scoring.engines.forward import Forward
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.scoring.engines.forward.head import TargetScores
+
+_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 def torch_device() -> "torch.device":
@@ -115,22 +122,44 @@ class TorchEngine:
 
     def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
         """Log-probs per group and completion; see `Engine.score`."""
+        forward = self._forward
+        return self._in_batches(groups, batch_tokens, forward.logprobs, forward.padded, _array)
+
+    def score_with_extras(
+        self, groups: Sequence[Group], batch_tokens: int, extras: Sequence[Extra]
+    ) -> list[list[TokenScores]]:
+        """The same log-probs, and the extras; see `EngineWithExtras.score_with_extras`."""
+        together, apart = (
+            partial(way, extras=extras)
+            for way in (self._forward.scores, self._forward.padded_scores)
+        )
+        return self._in_batches(groups, batch_tokens, together, apart, _arrays)
+
+    def _in_batches(
+        self,
+        groups: Sequence[Group],
+        batch_tokens: int,
+        compute: Callable[[Sequence[Group]], list[list[_Found]]],
+        compute_padded: Callable[[Sequence[Group]], list[list[_Found]]],
+        result: Callable[[_Found], _Result],
+    ) -> list[list[_Result]]:
+        """What the model says of each completion, whatever goes through it at once."""
         import torch
 
         require_scorable(groups, self._limits)
-        compute, at_once = self._forward.logprobs, 1
+        at_once = 1
         if batch_tokens and self._packs:
             batches = packs(groups, batch_tokens, self._n_threads)
             at_once = self._n_threads
         elif batch_tokens and self._pads:
-            batches, compute = padded(groups, batch_tokens), self._forward.padded
+            batches, compute = padded(groups, batch_tokens), compute_padded
         else:
             batches = passes(groups)
 
-        def scored(batch: list[Row]) -> list[np.ndarray]:
+        def scored(batch: list[Row]) -> list[_Result]:
             with torch.inference_mode():  # of this thread alone
-                logprobs = compute(groups_in(groups, batch))
-                return [row.cpu().numpy() for group in logprobs for row in group]
+                found = compute(groups_in(groups, batch))
+                return [result(row) for group in found for row in group]
 
         scores = {
             row: values
@@ -143,10 +172,10 @@ class TorchEngine:
 
     def _each(
         self,
-        scored: Callable[[list[Row]], list[np.ndarray]],
+        scored: Callable[[list[Row]], list[_Result]],
         batches: list[list[Row]],
         at_once: int,
-    ) -> Iterator[list[np.ndarray]]:
+    ) -> Iterator[list[_Result]]:
         """Batches one after another over all cores, or side by side, the cores divided."""
         import torch
 
@@ -156,7 +185,7 @@ class TorchEngine:
             return
         n_each = self._n_threads // at_once
 
-        def alone(batch: list[Row]) -> list[np.ndarray]:
+        def alone(batch: list[Row]) -> list[_Result]:
             torch.set_num_threads(n_each)  # of this thread, and of those that begin after it
             return scored(batch)
 
@@ -173,3 +202,13 @@ class TorchEngine:
         del self._forward
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _array(values: "torch.Tensor") -> np.ndarray:
+    array: np.ndarray = values.cpu().numpy()
+    return array
+
+
+def _arrays(scores: "TargetScores") -> TokenScores:
+    extras = {name: _array(values) for name, values in scores.extras.items()}
+    return TokenScores(_array(scores.logprobs), extras)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
     <ledger>/<model_id>/<numerics_id>/logprobs/<hash>.parquet
                                       token_logprobs/<hash>.parquet
+                                      extras/<hash>.parquet, token_extras/<hash>.parquet
                                       unscored/<hash>.parquet
                                       manifest/<number>.json
                                       set_aside/, trust/, differences/, lock
@@ -16,7 +17,10 @@ from pipeline.scoring.ledger.collection import Garbage, collect
 from pipeline.scoring.ledger.commits import (
     ScorerKey,
     append,
+    read_complete,
+    read_extras,
     read_logprobs,
+    read_token_extras,
     read_token_logprobs,
     read_unscored,
     scorer_directories,
@@ -44,7 +48,10 @@ __all__ = [
     "inventory",
     "last_trust",
     "other_numerics",
+    "read_complete",
+    "read_extras",
     "read_logprobs",
+    "read_token_extras",
     "read_token_logprobs",
     "read_unscored",
     "record_differences",

@@ -1,5 +1,6 @@
 """Committing scored sequences, and reading them back."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,30 @@ from pipeline.scoring.ledger.manifests import (
     set_aside,
 )
 from pipeline.store import checked, commit, read_verified, write_parquet
-from schemas import LogProb, Scorer, Table, TokenLogProb, UnscoredSequence, polars_schema
+from schemas import (
+    LogProb,
+    Scorer,
+    SequenceExtra,
+    Table,
+    TokenExtra,
+    TokenLogProb,
+    UnscoredSequence,
+    polars_schema,
+)
 
 TABLES: dict[str, type[Table]] = {
     "logprobs": LogProb,
     "token_logprobs": TokenLogProb,
+    "extras": SequenceExtra,
+    "token_extras": TokenExtra,
     "unscored": UnscoredSequence,
 }
 """The tables of the ledger, each in part files of its own."""
+
+
+def key_columns(name: str) -> list[str]:
+    """What a row of a table is known by; of two with the same, the first committed wins."""
+    return ["sequence_id", "extra"] if name.endswith("extras") else ["sequence_id"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +68,11 @@ def append(
     tokens: pl.DataFrame,
     provenance: dict[str, Any],
     unscored: pl.DataFrame | None = None,
+    extras: tuple[pl.DataFrame, pl.DataFrame] | None = None,
 ) -> None:
     """Commit scored sequences: all of them or none.
+
+    Sequences whose extras alone were missing have no rows in `logprobs` and `tokens`.
 
     Args:
         key: the scorer.
@@ -60,16 +80,19 @@ def append(
         tokens: `schemas.TokenLogProb` rows of the same sequences.
         provenance: the columns of `schemas.Scorer` so marked, of this commit.
         unscored: `schemas.UnscoredSequence` rows, of sequences that were tried in vain.
+        extras: `schemas.SequenceExtra` rows, and `schemas.TokenExtra` rows of the same.
 
     Raises:
         pandera.errors.SchemaErrors: the rows break their contract.
         StoreError: a value is not finite, or the disk failed (naming the path).
     """
     frames = {"logprobs": logprobs, "token_logprobs": tokens}
+    if extras is not None:
+        frames["extras"], frames["token_extras"] = extras
     if unscored is not None:
         frames["unscored"] = unscored
     valid = {
-        name: checked(name, frame.sort("sequence_id"), TABLES[name])
+        name: checked(name, frame.sort(key_columns(name)), TABLES[name])
         for name, frame in frames.items()
     }
     scorer = {
@@ -115,12 +138,35 @@ def read_token_logprobs(key: ScorerKey) -> pl.DataFrame:
     return _read(key, "token_logprobs")
 
 
-def read_unscored(key: ScorerKey) -> pl.DataFrame:
-    """The sequences that were tried in vain and not scored since, `schemas.UnscoredSequence`."""
+def read_extras(key: ScorerKey) -> pl.DataFrame:
+    """Every extra of a sequence, `schemas.SequenceExtra`, sorted by sequence id and extra."""
+    return _read(key, "extras")
+
+
+def read_token_extras(key: ScorerKey) -> pl.DataFrame:
+    """The same token by token, `schemas.TokenExtra`."""
+    return _read(key, "token_extras")
+
+
+def read_complete(key: ScorerKey, extras: Collection[str]) -> pl.DataFrame:
+    """`read_logprobs` of the sequences that have all these extras as well."""
+    if not extras:
+        return read_logprobs(key)
+    # First, since a commit that is found damaged takes its log-probs along.
+    found = read_extras(key).filter(pl.col("extra").is_in(list(extras)))
+    whole = found.group_by("sequence_id").len().filter(pl.col("len") == len(set(extras)))
+    return read_logprobs(key).join(whole, on="sequence_id", how="semi").sort("sequence_id")
+
+
+def read_unscored(key: ScorerKey, extras: Collection[str] = ()) -> pl.DataFrame:
+    """The sequences that were tried in vain and not scored since, `schemas.UnscoredSequence`.
+
+    Those that lack one of `extras` are not scored yet.
+    """
     tried = _read(key, "unscored")
     if tried.is_empty():
         return tried
-    return tried.join(read_logprobs(key), on="sequence_id", how="anti")
+    return tried.join(read_complete(key, extras), on="sequence_id", how="anti")
 
 
 def scorers(ledger: Path) -> pl.DataFrame:
@@ -163,12 +209,12 @@ def read_commits(
 
 
 def merged(commits: list[Manifest], frames: dict[str, pl.DataFrame], name: str) -> pl.DataFrame:
-    """A table of some commits: of two rows for one sequence, the first committed; sorted by id."""
-    empty = pl.DataFrame(schema=polars_schema(TABLES[name]))
+    """A table of some commits: of two rows for one key, the first committed; sorted by key."""
+    empty, columns = pl.DataFrame(schema=polars_schema(TABLES[name])), key_columns(name)
     return (
         pl.concat([empty, *(frames[one.seal] for one in commits if one.seal in frames)])
-        .unique("sequence_id", keep="first", maintain_order=True)
-        .sort("sequence_id")
+        .unique(columns, keep="first", maintain_order=True)
+        .sort(columns)
     )
 
 

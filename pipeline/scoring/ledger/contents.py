@@ -11,7 +11,13 @@ import polars as pl
 from pipeline.errors import StoreError
 from pipeline.models import ModelIdentity
 from pipeline.scoring.engines.base import Numerics
-from pipeline.scoring.ledger.commits import merged, read_commits, read_part, scorer_directories
+from pipeline.scoring.ledger.commits import (
+    key_columns,
+    merged,
+    read_commits,
+    read_part,
+    scorer_directories,
+)
 from pipeline.scoring.ledger.manifests import ASIDE, Manifest, in_force, present
 
 _COLUMNS = {
@@ -24,6 +30,7 @@ _COLUMNS = {
     "commits": pl.Int64,
     "sequences": pl.Int64,
     "tokens": pl.Int64,
+    "extras": pl.Int64,
     "unscored": pl.Int64,
     "bytes": pl.Int64,
     "set_aside": pl.Int64,
@@ -41,12 +48,14 @@ class Fault:
 def inventory(ledger: Path) -> pl.DataFrame:
     """One row is a way of scoring: what it has scored, in how many commits and bytes.
 
-    `tokens` are scored ones; `bytes` are those of all files in its directory, garbage included.
+    `tokens` are scored ones; `extras` count what sequences have beside log-probs; `bytes` are those
+    of all files in its directory, garbage included.
     """
     rows = []
     for directory in scorer_directories(ledger):
         commits, frames = read_commits(directory, "logprobs")
         held = merged(commits, frames, "logprobs")
+        extras = merged(*read_commits(directory, "extras"), "extras")
         tried = merged(*read_commits(directory, "unscored"), "unscored")
         said: dict[str, Any] = commits[0].scorer if commits else {}
         rows.append(
@@ -60,6 +69,7 @@ def inventory(ledger: Path) -> pl.DataFrame:
                 "commits": len(commits),
                 "sequences": held.height,
                 "tokens": held["n_tokens"].sum(),
+                "extras": extras.height,
                 "unscored": tried.join(held, on="sequence_id", how="anti").height,
                 "bytes": sum(p.lstat().st_size for p in directory.rglob("*") if not p.is_dir()),
                 "set_aside": len(list((directory / ASIDE).glob("*"))),
@@ -72,7 +82,8 @@ def verify_ledger(ledger: Path) -> list[Fault]:
     """Read every byte of every commit and name what is wrong; nothing is changed.
 
     Checked are manifests against their seals, parts against size, hash, table, columns and number
-    of rows, ids against the scorer that is spelled out, and sums against their tokens.
+    of rows, ids against the scorer that is spelled out, sums against their tokens, and whether a
+    sequence's extras are of as many tokens as its log-prob.
     """
     return [fault for d in scorer_directories(ledger) for fault in _faults(d)]
 
@@ -86,6 +97,8 @@ def _faults(directory: Path) -> Iterator[Fault]:
     for one in manifests:
         if (ids := _ids(one)) != (directory.parent.name, directory.name):
             yield Fault(one.path, f"its scorer's ids are {ids}")
+    lengths: list[pl.DataFrame] = []
+    extras: list[tuple[Manifest, pl.DataFrame]] = []
     replaced = {one.name for one in manifests} - {one.name for one in in_force(manifests)}
     for one in manifests:
         frames = {}
@@ -98,8 +111,20 @@ def _faults(directory: Path) -> Iterator[Fault]:
                 continue
             if frames[name].height != part.rows:
                 yield Fault(one.path, f"'{name}' has {frames[name].height} rows, not {part.rows}")
-        if {"logprobs", "token_logprobs"} <= frames.keys() and (wrong := _unequal(frames)):
-            yield Fault(one.path, f"{wrong} sums are not those of their tokens")
+        for sums, tokens in _TOKENS.items():
+            if {sums, tokens} <= frames.keys() and (wrong := _unequal(frames, sums, tokens)):
+                yield Fault(one.path, f"{wrong} sums are not those of their tokens")
+        if "logprobs" in frames:
+            lengths.append(frames["logprobs"].select("sequence_id", n="n_tokens"))
+        if "extras" in frames:
+            extras.append((one, frames["extras"]))
+    if not lengths:
+        return
+    of_logprobs = pl.concat(lengths).unique("sequence_id")
+    for one, frame in extras:
+        both = frame.join(of_logprobs, on="sequence_id")
+        if wrong := both.filter(pl.col("n_tokens") != pl.col("n")).height:
+            yield Fault(one.path, f"{wrong} extras are of other tokens than the log-probs")
 
 
 def _ids(one: Manifest) -> tuple[str, str]:
@@ -110,10 +135,18 @@ def _ids(one: Manifest) -> tuple[str, str]:
     return ModelIdentity(**model).model_id, Numerics(**numerics).numerics_id  # type: ignore[arg-type]
 
 
-def _unequal(frames: dict[str, pl.DataFrame]) -> int:
-    """Sequences of a commit whose sum, or number of tokens, is not that of their tokens."""
-    both = frames["logprobs"].join(frames["token_logprobs"], on="sequence_id", how="full")
-    rows = both.select("logprob", "n_tokens", "logprobs").iter_rows()
+_TOKENS = {"logprobs": "token_logprobs", "extras": "token_extras"}
+"""A table of sums, and the one with what was added up."""
+
+_ADDED = {"logprobs": ("logprob", "logprobs"), "extras": ("total", "values")}
+"""The columns of both."""
+
+
+def _unequal(frames: dict[str, pl.DataFrame], sums: str, tokens: str) -> int:
+    """Rows of a commit whose sum, or number of tokens, is not that of their tokens."""
+    both = frames[sums].join(frames[tokens], on=key_columns(sums), how="full")
+    total, values = _ADDED[sums]
+    rows = both.select(total, "n_tokens", values).iter_rows()
     return sum(
         total is None or tokens is None or len(tokens) != n or math.fsum(tokens) != total
         for total, n, tokens in rows

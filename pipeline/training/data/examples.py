@@ -8,7 +8,10 @@ import polars as pl
 
 from pipeline.errors import TrainingError
 from pipeline.ids import content_id
+from pipeline.losses import OF_ROWS
+from pipeline.plan import ObjectiveConfig
 from pipeline.scoring.engines.base import Completion, Group
+from pipeline.training.data.preferences import Preferences
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,107 @@ def training_pairs(
     ]
 
 
+def training_labels(
+    labels: pl.DataFrame,
+    label_sequences: pl.DataFrame,
+    sequences: pl.DataFrame,
+    reference: pl.DataFrame | None,
+    kl: pl.DataFrame | None = None,
+    *,
+    split: str = "train",
+) -> list[Example]:
+    """The labels of a split, sorted by id: examples of one reply each.
+
+    Args:
+        labels: `schemas.PreferenceLabel`.
+        label_sequences: `schemas.LabelSequence`, of one tokenisation.
+        sequences: `schemas.Sequence`, those of mismatched replies among them.
+        reference: `schemas.LogProb` of the reference, or None for a loss that has none.
+        kl: `schemas.KlSequence`, for a loss with a KL term.
+        split: which labels.
+
+    Raises:
+        TrainingError: there are none, or the reference has not scored one of their sequences.
+    """
+    wanted = (
+        labels.filter(pl.col("split") == split)
+        .select("label_id", "desirable")
+        .join(label_sequences, on="label_id", how="inner")
+        .sort("label_id")
+    )
+    if wanted.is_empty():
+        raise TrainingError(f"no label is left: none of the split '{split}' was tokenised")
+    read = _Read(sequences, reference, wanted["sequence_id"], kl)
+    return [
+        Example(
+            row["label_id"],
+            read.prompt(row["sequence_id"]),
+            (read.completion(row["sequence_id"]),),
+            (read.logprob[row["sequence_id"]],),
+            desirable=row["desirable"],
+            mismatched=read.mismatched.get(row["label_id"], {}),
+        )
+        for row in wanted.iter_rows(named=True)
+    ]
+
+
+def training_examples(
+    objective: ObjectiveConfig,
+    preferences: Preferences,
+    sequences: pl.DataFrame,
+    reference: pl.DataFrame | None,
+    kl: pl.DataFrame | None = None,
+    *,
+    split: str = "train",
+) -> list[Example]:
+    """What an objective trains or is evaluated on: its pairs by id, then its labels by id.
+
+    Where its `data` is null, that is what there is of what its loss can read.
+
+    Args:
+        objective: its loss and `data`.
+        preferences: all pairs and labels there are.
+        sequences: as `training_pairs` has it.
+        reference: as `training_pairs` has it.
+        kl: as `training_pairs` has it.
+        split: which pairs and labels.
+
+    Raises:
+        TrainingError: there is nothing, or nothing of what `data` names in the split `train`; or
+            see `training_pairs`.
+    """
+    here = preferences.of_splits(split)
+    readable = here.read_by(objective)
+    tables = {"pairs": readable.pairs, "labels": readable.labels}
+    wanted = [kind for kind, table in tables.items() if table.height]
+    if objective.data is not None and split == "train":
+        wanted = list(tables) if objective.data == "both" else [objective.data]
+    if not wanted and here.labels.height and objective.spec.rows is None:
+        raise TrainingError(
+            f"no pair of the split '{split}' was tokenised, and {objective.spec.name} is a loss of "
+            f"pairs, which the {here.labels.height} labels cannot train; these read labels: "
+            f"{', '.join(OF_ROWS)}"
+        )
+    if not wanted:
+        wanted = ["pairs" if objective.reads_pairs else "labels"]
+    examples: list[Example] = []
+    if "pairs" in wanted:
+        examples += training_pairs(
+            preferences.pairs,
+            readable.pair_sequences,
+            sequences,
+            reference,
+            kl,
+            split=split,
+            with_strength="strength" in objective.spec.needs,
+        )
+    if "labels" in wanted:
+        examples += training_labels(
+            preferences.labels, readable.label_sequences, sequences, reference, kl, split=split
+        )
+    return examples
+
+
 def values_digest(examples: list[Example]) -> str:
     """An id of everything training reads: ids in order, weights, and the reference's values."""
     return content_id(
@@ -172,7 +276,7 @@ class _Read:
         for row in kl.iter_rows(named=True) if kl is not None else ():
             sequence_id = row["sequence_id"]
             reply = Mismatched(self.completion(sequence_id), self.logprob[sequence_id])
-            of_example = self.mismatched.setdefault(row["pair_id"], {})
+            of_example = self.mismatched.setdefault(row["pair_id"] or row["label_id"], {})
             of_example[row["step"]] = (*of_example.get(row["step"], ()), reply)
 
     def prompt(self, sequence_id: str) -> np.ndarray:

@@ -1,10 +1,11 @@
 """Mismatched replies, which KTO's reference point is the mean of (arXiv 2402.01306, section 4.1).
 
-A row of training data is one side of a pair. Its partner's reply, put under its own prompt, is a
-reply nobody gave to that prompt. `ring`: all rows stand on a ring in the order of a hash of their
-ids, and the partner is the next one with another prompt, so that an inserted row disturbs its one
-neighbour. `batch_rotation` is TRL's: the partner is the row before in the optimiser step's batch,
-the chosen sides first, then the rejected ones, round the end.
+A row of training data is one side of a pair, or a label. Its partner's reply, put under its own
+prompt, is a reply nobody gave to that prompt. `ring`: all rows stand on a ring in the order of a
+hash of their ids, and the partner is the next one with another prompt, so that an inserted row
+disturbs its one neighbour. `batch_rotation` is TRL's: the partner is the row before in the
+optimiser step's batch, round the end; labels and the chosen sides of pairs stand first, in the
+batch's order, then the pairs' rejected sides.
 """
 
 from typing import Any
@@ -16,30 +17,29 @@ from pipeline.errors import TrainingError
 from pipeline.ids import content_id, unit_interval
 from pipeline.plan import TrainingConfig
 from pipeline.tokenization import sequence_id
+from pipeline.training.data.preferences import Preferences
 from pipeline.training.data.schedule import step_ids
 from schemas import KlSequence, Sequence, polars_schema
 
 _Row = tuple[str, str]
-"""(pair id, side)."""
+"""(pair or label id, side)."""
 
 _LENGTH = pl.col("n_prompt") + pl.col("completion_ids").list.len()
 """A sequence's tokens."""
 
 
 def kl_rows(
-    pairs: pl.DataFrame,
-    pair_sequences: pl.DataFrame,
+    preferences: Preferences,
     sequences: pl.DataFrame,
     *,
     partner: str,
     training: TrainingConfig,
     max_length: int,
 ) -> pl.DataFrame:
-    """The mismatched replies of the pairs of the `train` split, as `schemas.KlSequence`.
+    """The mismatched replies of what is trained on, as `schemas.KlSequence`.
 
     Args:
-        pairs: `schemas.PreferencePair`.
-        pair_sequences: `schemas.PairSequence`, of one tokenisation.
+        preferences: what the objective reads; the `train` split of it is trained on.
         sequences: `schemas.Sequence`.
         partner: `ring` or `batch_rotation`.
         training: what decides the batches; `ring` does not depend on it.
@@ -48,35 +48,32 @@ def kl_rows(
     Raises:
         TrainingError: `ring`, and every row has the same prompt.
     """
-    wanted = (
-        pairs.filter(pl.col("split") == "train")
-        .select("pair_id", "prompt_id")
-        .join(pair_sequences, on="pair_id", how="inner")
-        .sort("pair_id")
-    )
-    if wanted.is_empty():
+    trained = preferences.of_splits("train")
+    own = _own_sequences(trained)
+    if not own:
         return pl.DataFrame(schema=polars_schema(KlSequence))
-    own = {
-        (row["pair_id"], side): row[f"{side}_id"]
-        for row in wanted.iter_rows(named=True)
-        for side in ("chosen", "rejected")
-    }
-    tokenization_id = wanted["tokenization_id"][0]
+    tokenization_id, *_ = (
+        *trained.pair_sequences["tokenization_id"],
+        *trained.label_sequences["tokenization_id"],
+    )
+    labels = set(trained.labels["label_id"])
     partners: list[tuple[int | None, _Row, _Row]]
     if partner == "ring":
-        prompts = dict(wanted.select("pair_id", "prompt_id").iter_rows())
+        prompts = dict(trained.pairs.select("pair_id", "prompt_id").iter_rows())
+        prompts |= dict(trained.labels.select("label_id", "prompt_id").iter_rows())
         partners = [(None, row, other) for row, other in _ring(list(own), prompts).items()]
     else:
         lengths = dict(sequences.select("sequence_id", _LENGTH).iter_rows())
-        n_tokens = {
-            row["pair_id"]: lengths[row["chosen_id"]] + lengths[row["rejected_id"]]
-            for row in wanted.iter_rows(named=True)
-        }
+        n_tokens: dict[str, int] = {}
+        sides: dict[str, list[str]] = {}
+        for (example, side), sequence in own.items():
+            n_tokens[example] = n_tokens.get(example, 0) + lengths[sequence]
+            sides.setdefault(example, []).append(side)
         steps = step_ids(n_tokens, training)
         partners = [
             (step, row, other)
             for step, batch in enumerate(steps, start=1)
-            for row, other in _rotation(batch).items()
+            for row, other in _rotation(batch, sides).items()
         ]
     ids = {row["sequence_id"]: row for row in sequences.iter_rows(named=True)}
     rows = []
@@ -86,7 +83,8 @@ def kl_rows(
         rows.append(
             {
                 "tokenization_id": tokenization_id,
-                "pair_id": row[0],
+                "pair_id": None if row[0] in labels else row[0],
+                "label_id": row[0] if row[0] in labels else None,
                 "side": row[1],
                 "step": step,
                 "partner_id": other[0],
@@ -98,7 +96,7 @@ def kl_rows(
             }
         )
     table = pl.DataFrame(rows, schema=polars_schema(KlSequence))
-    return table.sort("step", "pair_id", "side")
+    return table.sort("step", "pair_id", "label_id", "side")
 
 
 def kl_sequences(kl: pl.DataFrame, sequences: pl.DataFrame) -> pl.DataFrame:
@@ -113,6 +111,21 @@ def kl_sequences(kl: pl.DataFrame, sequences: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(list(rows.values()), schema=polars_schema(Sequence)).sort("sequence_id")
 
 
+def _own_sequences(trained: Preferences) -> dict[_Row, str]:
+    """Every row's own sequence, a pair's chosen side before its rejected one."""
+    own = {
+        (row["pair_id"], side): row[f"{side}_id"]
+        for row in trained.pair_sequences.sort("pair_id").iter_rows(named=True)
+        for side in ("chosen", "rejected")
+    }
+    sides = {
+        label: "chosen" if desirable else "rejected"
+        for label, desirable in trained.labels.select("label_id", "desirable").iter_rows()
+    }
+    ways = trained.label_sequences.select("label_id", "sequence_id").sort("label_id")
+    return {**own, **{(label, sides[label]): sequence for label, sequence in ways.iter_rows()}}
+
+
 def _ring(rows: list[_Row], prompts: dict[str, str]) -> dict[_Row, _Row]:
     """Each row's next one with another prompt."""
     order = sorted(rows, key=lambda row: (unit_interval(content_id("kl row", *row), "ring"), row))
@@ -125,14 +138,16 @@ def _ring(rows: list[_Row], prompts: dict[str, str]) -> dict[_Row, _Row]:
     found = {row: other for row, other in partner.items() if other is not None}
     if len(found) < len(order):
         raise TrainingError(
-            "a loss with a KL term needs replies to two prompts at least, and all pairs of the "
-            "split 'train' have the same one"
+            "a loss with a KL term needs replies to two prompts at least, and all pairs and "
+            "labels of the split 'train' have the same one"
         )
     return found
 
 
-def _rotation(batch: list[str]) -> dict[_Row, _Row]:
-    rows = [(pair, side) for side in ("chosen", "rejected") for pair in batch]
+def _rotation(batch: list[str], sides: dict[str, list[str]]) -> dict[_Row, _Row]:
+    """The row before each, the first ones' sides before the second ones'."""
+    rows = [(example, sides[example][0]) for example in batch]
+    rows += [(example, side) for example in batch for side in sides[example][1:]]
     return {row: rows[i - 1] for i, row in enumerate(rows)}
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from pipeline.errors import TrainingError
 from pipeline.names import store_of
 from pipeline.plan import Plan
-from pipeline.training.objective import job_of
-from pipeline.training.policy import train_policy
+from pipeline.training.objective import prepare, train_prepared
+from pipeline.training.policy import PolicyResult
 from pipeline.training.ranks.errors import write_error
 
 
@@ -38,13 +38,13 @@ def _train(plan: Plan, name: str, policy_id: str) -> None:
     scoring = plan.scoring.model_copy(update={"null_test": "when_scored"})
     plan = plan.model_copy(update={"scoring": scoring})
     store = store_of(plan)
-    prepared = job_of(plan, store, name)
-    if prepared.policy_id != policy_id:
+    prepared = prepare(plan, store, name)
+    if isinstance(prepared, PolicyResult) or prepared.policy_id != policy_id:
         raise TrainingError(
             f"before step 1: objective '{name}' is policy {prepared.policy_id} by the tables that "
             f"are there now, and {policy_id} was asked for: they were published anew meanwhile"
         )
-    train_policy(store, prepared.policy_id, prepared.job, prepared.correction)
+    train_prepared(store, prepared)
 
 
 def _end_with_asker() -> None:

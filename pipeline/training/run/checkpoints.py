@@ -184,7 +184,8 @@ def _intact(directory: Path) -> Standing | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if standing.best is not None:
-        standing.best = tuple(standing.best)
+        step, value = standing.best
+        standing.best = step, value
     return standing if digests == state["files"] else None
 
 

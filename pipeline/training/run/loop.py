@@ -174,11 +174,12 @@ class Run:
                 report,
                 gather=self._devices.gather,
                 scale=self._devices.scale,
+                token_statistics=config.token_statistics,
             )
         others = [example for i, example in enumerate(batch) if i not in mine]
         report(len(others), sum(example.n_tokens for example in others))
         seen = self._devices.in_order(result.seen, len(batch))
-        metrics = means_of(seen, shares_of(batch))
+        metrics = means_of(seen, batch, shares_of(batch))
         if standing.first_step is None:
             gate = compare_first_step(batch, seen, job.start_logprobs, job.tolerance)
             standing.first_step = gate.to_dict()
@@ -216,7 +217,8 @@ class Run:
             self._evaluate()
         if number % config.checkpoint_every == 0 and not last:
             self._save()
-        return float(row["loss"])
+        assert metrics["loss"] is not None
+        return metrics["loss"]
 
     def finish(self) -> None:
         """Keep the best evaluated weights, where the plan asks for them."""
@@ -228,7 +230,7 @@ class Run:
     def trained(self) -> Trained:
         """What there is."""
         standing, config = self._standing, self._job.config
-        tables = [
+        steps, evaluations = (
             pl.DataFrame(
                 rows,
                 schema={k: v for k, v in polars_schema(table).items() if k != "policy_id"},
@@ -237,10 +239,12 @@ class Run:
                 (standing.rows, TrainingStep),
                 (standing.evaluations, TrainingEvaluation),
             )
-        ]
+        )
         assert standing.first_step is not None
         kept = standing.best[0] if config.keep_best and standing.best else standing.step
-        return Trained(*tables, FirstStep(**standing.first_step), self._replicas.model, kept)
+        return Trained(
+            steps, evaluations, FirstStep(**standing.first_step), self._replicas.model, kept
+        )
 
     @property
     def _most_tokens(self) -> int:
@@ -263,13 +267,17 @@ class Run:
                 self._most_tokens,
                 lambda rows, tokens: None,
                 gather=self._devices.gather,
+                token_statistics=config.token_statistics,
                 train=False,
             )
         seen = self._devices.in_order(result.seen, len(job.held_out))
         row = {
             "step": standing.step,
             "n": len(seen),
-            **{f"eval_{k}": v for k, v in means_of(seen, shares_of(job.held_out)).items()},
+            **{
+                f"eval_{k}": v
+                for k, v in means_of(seen, job.held_out, shares_of(job.held_out)).items()
+            },
         }
         _require_finite(standing.step, row)
         standing.evaluations.append(row)

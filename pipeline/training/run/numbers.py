@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import TrainingError
 from pipeline.losses import LossSpec, PairBatch
 from pipeline.plan import ObjectiveConfig
+from pipeline.scoring.engines.forward.head import ENTROPY, IS_TOP1
 from pipeline.training.data.examples import Example
 
 if TYPE_CHECKING:
@@ -133,12 +134,52 @@ LOGGED = (
 """TRL's names of an example's numbers."""
 
 
-def means_of(seen: Sequence[Numbers], weights: Sequence[float]) -> Numbers:
-    """The step's numbers: the loss by weight, the others plainly over those that have one."""
+TOKEN_STATISTICS = (ENTROPY, IS_TOP1)
+"""What `forward.head` is asked for beside log-probs, where entropy and accuracy are wanted."""
+
+
+def token_numbers(example: Example, extras: "Sequence[Mapping[str, torch.Tensor]]") -> Numbers:
+    """An example's mean entropy, nats, and how many tokens it would have chosen itself.
+
+    As TRL has them: the entropy is of all scored tokens, the accuracy of preferred replies alone.
+    """
+    if not extras[0]:
+        return {"entropy": None, "mean_token_accuracy": None}
+    entropy = sum(float(of_reply[ENTROPY].sum()) for of_reply in extras)
+    preferred = example.desirable is not False
+    return {
+        "entropy": entropy / _n_scored(example),
+        "mean_token_accuracy": float(extras[0][IS_TOP1].mean()) if preferred else None,
+    }
+
+
+def _n_scored(example: Example) -> int:
+    return sum(len(reply.scored) for reply in example.replies)
+
+
+def means_of(
+    seen: Sequence[Numbers], examples: Sequence[Example], weights: Sequence[float]
+) -> Numbers:
+    """The step's numbers: the loss by weight, the others plainly over those that have one.
+
+    Entropy and token accuracy are means over tokens.
+    """
     total = sum(weights)
     loss = sum(w * (n["loss"] or 0.0) for w, n in zip(weights, seen, strict=True)) / total
     means: Numbers = {"loss": loss}
     for name in LOGGED[1:]:
         there = [value for numbers in seen if (value := numbers[name]) is not None]
         means[name] = sum(there) / len(there) if there else None
+    counts = {
+        "entropy": [_n_scored(example) for example in examples],
+        "mean_token_accuracy": [len(example.replies[0].scored) for example in examples],
+    }
+    for name, of_example in counts.items():
+        told = [
+            (value, n)
+            for numbers, n in zip(seen, of_example, strict=True)
+            if (value := numbers[name]) is not None
+        ]
+        n_tokens = sum(n for _, n in told)
+        means[name] = sum(value * n for value, n in told) / n_tokens if told else None
     return means

@@ -11,7 +11,14 @@ from pipeline.plan import ObjectiveConfig
 from pipeline.scoring.engines.base import Group, sequence_sum
 from pipeline.scoring.engines.forward import Forward
 from pipeline.training.data.examples import Example
-from pipeline.training.run.numbers import Numbers, class_batch, losses_of, numbers_of
+from pipeline.training.run.numbers import (
+    TOKEN_STATISTICS,
+    Numbers,
+    class_batch,
+    losses_of,
+    numbers_of,
+    token_numbers,
+)
 from pipeline.training.run.replicas import Replicas, divide
 
 if TYPE_CHECKING:
@@ -65,6 +72,7 @@ def run_step(
     *,
     gather: Callable[[list[Any]], list[Any]] = list,
     scale: Callable[["torch.Tensor"], "torch.Tensor"] = lambda loss: loss,
+    token_statistics: bool = False,
     train: bool = True,
 ) -> StepResult:
     """Losses of a step's examples, and (in training) their mean's gradient.
@@ -81,6 +89,8 @@ def run_step(
         report: told of every part.
         gather: this process's numbers to those of all, in the order of processes.
         scale: what the loss is multiplied by before its gradient is taken (float16).
+        token_statistics: whether entropy and token accuracy are computed too, which costs a pass
+            over the logits.
         train: whether gradients are wanted.
 
     Raises:
@@ -105,7 +115,9 @@ def run_step(
 
     def compute(forward: Forward, part: list[int]) -> list[Numbers]:
         examples = [mine[i] for i in part]
-        sides = _logprobs(replicas, forward, [example.group for example in examples])
+        sides, told = _scored(
+            replicas, forward, [example.group for example in examples], token_statistics
+        )
         if rows:
             losses = [rows[i].loss for i in part]
             # Its gradient is the slopes'; its value means nothing.
@@ -121,7 +133,8 @@ def run_step(
         report(len(part), sum(example.n_tokens for example in examples))
         return [
             numbers_of(objective, example, loss, [side.detach() for side in sides_of])
-            for example, loss, sides_of in zip(examples, losses, sides, strict=True)
+            | token_numbers(example, extras)
+            for example, loss, sides_of, extras in zip(examples, losses, sides, told, strict=True)
         ]
 
     with torch.set_grad_enabled(train):
@@ -162,7 +175,7 @@ class _Step:
 
         def compute(forward: Forward, part: list[int]) -> list[list[float]]:
             members = [groups[i] for i in part]
-            found = _logprobs(self.replicas, forward, members)
+            found, _ = _scored(self.replicas, forward, members)
             self.report(0, sum(group.n_tokens for group in members))
             return [[row.item() for row in rows] for rows in found]
 
@@ -230,27 +243,34 @@ def _unique_tokens(group: Group) -> int:
     return len(group.prompt_ids) + sum(len(reply.ids) for reply in group.completions)
 
 
-def _logprobs(
-    replicas: Replicas, forward: Forward, groups: Sequence[Group]
-) -> "list[list[torch.Tensor]]":
-    """Sequence log-probs by group and completion, float64 scalars of exactly the ledger's values.
+def _scored(
+    replicas: Replicas, forward: Forward, groups: Sequence[Group], token_statistics: bool = False
+) -> "tuple[list[list[torch.Tensor]], list[list[Mapping[str, torch.Tensor]]]]":
+    """Sequence log-probs by group and completion, and what else is known of their tokens.
 
-    Where it matters to the bits what goes through the model together, that is what the engine puts
-    together: the same shapes give the same bits at step 0.
+    The log-probs are float64 scalars of exactly the ledger's values. Where it matters to the bits
+    what goes through the model together, that is what the engine puts together: the same shapes
+    give the same bits at step 0.
     """
+    extras = TOKEN_STATISTICS if token_statistics else ()
     if replicas.packs_examples:
-        return [[_total(row) for row in rows] for rows in forward.logprobs(groups)]
-    found = []
-    for group in groups:
-        one_pass = len({c.pass_id or c.sequence_id for c in group.completions}) == 1
-        passes = [group.completions] if one_pass else [(c,) for c in group.completions]
-        rows = [
-            row
-            for members in passes
-            for row in forward.logprobs([Group(group.prompt_ids, members)])[0]
-        ]
-        found.append([_total(row) for row in rows])
-    return found
+        scores = forward.scores(groups, extras)
+    else:
+        scores = []
+        for group in groups:
+            one_pass = len({c.pass_id or c.sequence_id for c in group.completions}) == 1
+            passes = [group.completions] if one_pass else [(c,) for c in group.completions]
+            scores.append(
+                [
+                    row
+                    for members in passes
+                    for row in forward.scores([Group(group.prompt_ids, members)], extras)[0]
+                ]
+            )
+    return (
+        [[_total(row.logprobs) for row in rows] for rows in scores],
+        [[row.extras for row in rows] for rows in scores],
+    )
 
 
 def _total(row: "torch.Tensor") -> "torch.Tensor":

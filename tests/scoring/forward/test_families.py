@@ -137,7 +137,7 @@ def test_rotary_angles_that_depend_on_the_batch_go_the_plain_way(kind: str, tmp_
     oracle = Oracle(checkpoint)  # which has them one by one
     with torch.inference_mode():
         assert largest_error(forward.logprobs(groups), groups, oracle) < TOLERANCE
-        shared = forward._tree(groups)
+        shared = model._logprobs(forward._tree(groups))
         assert largest_error(shared, groups, oracle) > 0.01, "the control must fail"
         short = [group(g.prompt_ids.tolist(), g.completions[0]) for g in groups[::2]]
         with patch.object(forward, "_tree", side_effect=forward._tree) as tree:

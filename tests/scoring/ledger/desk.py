@@ -6,7 +6,7 @@ A process is forked from a server that has imported everything, so hundreds of t
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -19,11 +19,13 @@ from support import FAKE_NUMERICS, FakeEngine
 
 from pipeline import failpoints
 from pipeline.models import Checkpoint, ModelIdentity
-from pipeline.plan import ModelConfig, ScoringConfig
+from pipeline.plan import Extra, ModelConfig, ScoringConfig
+from pipeline.scoring.engines.base import Group, TokenScores
 from pipeline.scoring.ledger import ScorerKey, append, read_logprobs, read_token_logprobs
 from pipeline.scoring.run import ScoringResult, score_sequences
 from pipeline.tokenization import sequence_id
-from schemas import LogProb, Sequence, TokenLogProb, polars_schema
+from schemas import LogProb, TokenLogProb, polars_schema
+from schemas import Sequence as SequenceTable
 
 CONFIG = ModelConfig(checkpoint="none")
 CHECKPOINT = Checkpoint(Path("/none"))
@@ -35,12 +37,41 @@ def fake_key(root: Path, model: str = "model") -> ScorerKey:
     return ScorerKey(root / "ledger", ModelIdentity(model, "{}", ""), FAKE_NUMERICS)
 
 
+class FakeEngineWithExtras(FakeEngine):
+    """A fake engine whose extras are made of its log-probs, and possible; it notes what it did."""
+
+    def __init__(self, salt: str = "") -> None:
+        super().__init__(salt)
+        self.asked: list[tuple[tuple[Extra, ...], str]] = []
+
+    def score_with_extras(
+        self, groups: Sequence[Group], batch_tokens: int, extras: Sequence[Extra]
+    ) -> list[list[TokenScores]]:
+        self.asked += [(tuple(extras), c.sequence_id) for g in groups for c in g.completions]
+        share: dict[Extra, float] = {"log_sum_squares": 0.5, "entropy": -1.5}
+        return [
+            [TokenScores(row, {e: np.float32(share[e]) * row for e in extras}) for row in rows]
+            for rows in self.score(groups, batch_tokens)
+        ]
+
+
 def score(
-    key: ScorerKey, sequences: pl.DataFrame, engine: FakeEngine | None = None, **settings: Any
+    key: ScorerKey,
+    sequences: pl.DataFrame,
+    engine: FakeEngine | None = None,
+    extras: Sequence[Extra] = (),
+    **settings: Any,
 ) -> ScoringResult:
-    used = engine or FakeEngine()
+    used = engine or FakeEngineWithExtras()
     return score_sequences(
-        "m", key, CONFIG, CHECKPOINT, sequences, ScoringConfig(**settings), lambda *_: used
+        "m",
+        key,
+        CONFIG,
+        CHECKPOINT,
+        sequences,
+        ScoringConfig(**settings),
+        lambda *_: used,
+        extras,
     )
 
 
@@ -91,7 +122,7 @@ def made_sequences(n_prompts: int, seed: int = 0) -> pl.DataFrame:
                     "truncated": False,
                 }
             )
-    return pl.DataFrame(table, schema=polars_schema(Sequence)).sort("sequence_id")
+    return pl.DataFrame(table, schema=polars_schema(SequenceTable)).sort("sequence_id")
 
 
 _context = multiprocessing.get_context("forkserver")

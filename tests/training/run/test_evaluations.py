@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file
 from support import measured
-from training.run.runs import STEPS, Desk, require_same, weights_of
 
 from pipeline.errors import PlanError
 from pipeline.plan import Plan, load_plan
@@ -17,6 +16,7 @@ from pipeline.stages import compute_rewards, score, train
 from pipeline.store import Store, read
 from pipeline.training.policy import PolicyResult
 from schemas import TrainingEvaluation, polars_schema
+from training.run.runs import STEPS, Desk, require_same, weights_of
 
 BETA = 0.1
 CONSTANT = {

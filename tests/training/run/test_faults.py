@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from support import build_tiny_model, measured, prepared, tokenized
-from training.run.runs import FULL, LORA, STEPS, Desk, checkpoints, left_over, require_same
 
 from pipeline import failpoints
 from pipeline.errors import ScoringError, TrainingError
@@ -19,6 +18,7 @@ from pipeline.plan import load_plan
 from pipeline.stages import score, train
 from pipeline.training.run import loop
 from pipeline.training.run.step import StepResult
+from training.run.runs import FULL, LORA, STEPS, Desk, checkpoints, left_over, require_same
 
 Poison = Callable[[loop.Replicas, StepResult], StepResult]
 

@@ -10,6 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import measured
+
+from pipeline.failpoints import POINTS
+from pipeline.plan import Plan
+from pipeline.stages import train
+from pipeline.store import Store
+from pipeline.training.policy import PolicyResult
+from pipeline.training.run import checkpoints as module
+from pipeline.training.run import loop
 from training.run.runs import (
     FULL,
     KINDS,
@@ -23,14 +31,6 @@ from training.run.runs import (
     require_same,
     weights_of,
 )
-
-from pipeline.failpoints import POINTS
-from pipeline.plan import Plan
-from pipeline.stages import train
-from pipeline.store import Store
-from pipeline.training.policy import PolicyResult
-from pipeline.training.run import checkpoints as module
-from pipeline.training.run import loop
 
 KILLED = -9
 

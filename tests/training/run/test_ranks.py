@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import PROJECT, measured
-from training.run.runs import Desk, checkpoints, left_over, weights_of
 
 from pipeline import errors
 from pipeline.errors import ModelError, TrainingError
@@ -25,6 +24,7 @@ from pipeline.training.data.schedule import step_ids
 from pipeline.training.policy import PolicyResult
 from pipeline.training.ranks.errors import cause_of, write_ended, write_error
 from pipeline.training.ranks.start import _environment, train_in_processes
+from training.run.runs import Desk, checkpoints, left_over, weights_of
 
 FULL = {
     "method": "full",

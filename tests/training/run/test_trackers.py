@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import pytest
 from accelerate import tracking
 from accelerate.utils import LoggerType
-from training.run.runs import STEPS, Desk, require_same
 
 from pipeline.errors import TrainingError
 from pipeline.stages import train
+from training.run.runs import STEPS, Desk, require_same
 
 SECTION = {**STEPS, "max_steps": 4, "evaluate_every": 2}
 

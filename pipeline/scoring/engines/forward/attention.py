@@ -174,7 +174,7 @@ def _attend(
     keys, values = (_gather().apply(x[0], layout.paths) for x in (key, value))
     outputs = []
     for tile, rows, of_keys, of_values in zip(
-        layout.tiles, query[0].split(counts, 1), keys, values, strict=False
+        layout.tiles, torch.split(query[0], counts, 1), keys, values, strict=False
     ):
         mask = seen[tile.seen, : tile.end]
         if missing := -tile.n % ROWS:

@@ -1,5 +1,6 @@
 """Log-probs of chosen tokens from hidden states, the vocabulary a tile at a time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,14 @@ TILE = 2048
 
 ROWS = 8
 """Fewer rows than this give other bits in MKL's matrix product."""
+
+LOG_SUM_SQUARES, ENTROPY, IS_TOP1 = "log_sum_squares", "entropy", "is_top1"
+EXTRAS = (LOG_SUM_SQUARES, ENTROPY, IS_TOP1)
+"""What the pass over the vocabulary can tell of a token's distribution p beside a log-prob.
+
+`log_sum_squares`: log sum_v p(v)^2, nats (WPO, arXiv 2406.11827); `entropy`: -sum_v p(v) log p(v),
+nats; `is_top1`: 1 where no other token has a larger logit, else 0.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,27 @@ def head_of(model: Any) -> Head | None:
     return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
+@dataclass(frozen=True)
+class TargetScores:
+    """Log-probs, float32 [n], nats, and by name what else was asked for, float32 [n] each.
+
+    The log-probs alone have a gradient.
+    """
+
+    logprobs: "torch.Tensor"
+    extras: "dict[str, torch.Tensor]"
+
+    def split(self, sizes: list[int]) -> "list[TargetScores]":
+        """Its rows in runs of these sizes."""
+        import torch
+
+        cut = {name: torch.split(x, sizes) for name, x in self.extras.items()}
+        return [
+            TargetScores(logprobs, {name: runs[i] for name, runs in cut.items()})
+            for i, logprobs in enumerate(torch.split(self.logprobs, sizes))
+        ]
+
+
 def target_logprobs(
     hidden: "torch.Tensor", targets: "torch.Tensor", head: Head, tile: int = TILE
 ) -> "torch.Tensor":
@@ -46,6 +76,20 @@ def target_logprobs(
     to 3e-3 nats per sequence), the sum gathered over tiles: never [n, V] at once, and on the way
     back the tiles are computed anew.
     """
+    return target_scores(hidden, targets, head, tile=tile).logprobs
+
+
+def target_scores(
+    hidden: "torch.Tensor",
+    targets: "torch.Tensor",
+    head: Head,
+    extras: Sequence[str] = (),
+    tile: int = TILE,
+) -> TargetScores:
+    """`target_logprobs`, with `extras` (some of `EXTRAS`) gathered in the same pass.
+
+    They change no bit of the log-probs.
+    """
     import torch
 
     kind = hidden.device.type
@@ -54,37 +98,90 @@ def target_logprobs(
         dtype = torch.get_autocast_dtype(kind)
         bias = None if head.bias is None else head.bias.to(dtype)
         hidden, head = hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias)
-    n = len(targets)
+    n, wanted = len(targets), tuple(extras)
     if missing := max(0, ROWS - n):
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
         targets = torch.nn.functional.pad(targets, (0, missing))
     if torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad):
-        logprobs: torch.Tensor = _function().apply(
-            hidden, targets, head.weight, head.bias, head.scale, head.cap, tile
+        logprobs, *found = _function().apply(
+            hidden, targets, head.weight, head.bias, head.scale, head.cap, tile, wanted
         )
-        return logprobs[:n]
-    chosen, total = _forward(hidden, targets, head, tile)
-    return (chosen - total)[:n]
+    else:
+        chosen, total, found = _forward(hidden, targets, head, tile, wanted)
+        logprobs = chosen - total
+    return TargetScores(logprobs[:n], {name: x[:n] for name, x in zip(wanted, found, strict=True)})
+
+
+def extras_of(
+    logits: "torch.Tensor",
+    chosen: "torch.Tensor",
+    total: "torch.Tensor",
+    extras: Sequence[str],
+    tile: int = TILE,
+) -> "dict[str, torch.Tensor]":
+    """The same of logits that are there already, float32 [n, V], whatever tile they are read in.
+
+    Args:
+        logits: as the model has them; not written over.
+        chosen: those of the targets, [n].
+        total: their log-sum-exps, [n].
+        extras: some of `EXTRAS`.
+        tile: how many are copied at once.
+    """
+    import torch
+
+    found = {name: torch.zeros_like(total) for name in extras}
+    if IS_TOP1 in found:
+        found[IS_TOP1] = (chosen >= logits.amax(1)).float()
+    if LOG_SUM_SQUARES in found or ENTROPY in found:
+        for part in torch.split(logits, tile, dim=1):
+            probabilities = (part - total[:, None]).exp_()
+            if ENTROPY in found:
+                found[ENTROPY] += torch.special.entr(probabilities).sum(1)
+            if LOG_SUM_SQUARES in found:
+                found[LOG_SUM_SQUARES] += probabilities.square_().sum(1)
+    if LOG_SUM_SQUARES in found:
+        found[LOG_SUM_SQUARES].log_()
+    return found
 
 
 def _forward(
-    hidden: "torch.Tensor", targets: "torch.Tensor", head: Head, tile: int
-) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Logits of the targets and log-sum-exps, float32 [n] each."""
+    hidden: "torch.Tensor",
+    targets: "torch.Tensor",
+    head: Head,
+    tile: int,
+    extras: tuple[str, ...] = (),
+) -> "tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]":
+    """Logits of the targets, log-sum-exps and the extras in their order, float32 [n] each."""
     import torch
 
     n = len(targets)
     top = torch.full((n,), -torch.inf, device=hidden.device)
     mass, chosen = torch.zeros_like(top), torch.zeros_like(top)
+    # Sums over the vocabulary of e^2 and -e log e, where e = exp(logit - top) as mass is of e.
+    squares, disorder = torch.zeros_like(top), torch.zeros_like(top)
     for start in range(0, len(head.weight), tile):
         logits = _logits(hidden, head, start, tile)
         inside, at = _inside(targets, start, logits.shape[1])
         chosen = torch.where(inside, logits.gather(1, at[:, None])[:, 0], chosen)
         higher = torch.maximum(top, logits.amax(1))
         exponentials = logits.sub_(higher[:, None]).exp_()
-        mass = mass * torch.exp(top - higher) + exponentials.sum(1)
+        shrunk = torch.exp(top - higher)
+        if ENTROPY in extras:
+            entr = torch.special.entr
+            disorder = disorder * shrunk + mass * entr(shrunk) + entr(exponentials).sum(1)
+        mass = mass * shrunk + exponentials.sum(1)
+        if LOG_SUM_SQUARES in extras:
+            squares = squares * shrunk.square() + exponentials.square_().sum(1)
         top = higher
-    return chosen, top + mass.log()
+    found = {}
+    if LOG_SUM_SQUARES in extras:
+        found[LOG_SUM_SQUARES] = squares.log() - 2 * mass.log()
+    if ENTROPY in extras:
+        found[ENTROPY] = mass.log() + disorder / mass
+    if IS_TOP1 in extras:
+        found[IS_TOP1] = (chosen >= top).float()
+    return chosen, top + mass.log(), [found[name] for name in extras]
 
 
 def _logits(hidden: "torch.Tensor", head: Head, start: int, tile: int) -> "torch.Tensor":
@@ -122,15 +219,17 @@ def _function() -> Any:
             scale: float,
             cap: float | None,
             tile: int,
-        ) -> torch.Tensor:
+            extras: tuple[str, ...],
+        ) -> tuple[torch.Tensor, ...]:
             head = Head(weight, bias, scale, cap)
-            chosen, total = _forward(hidden, targets, head, tile)
+            chosen, total, found = _forward(hidden, targets, head, tile, extras)
             ctx.save_for_backward(hidden, targets, weight, bias, total)
             ctx.how = scale, cap, tile
-            return chosen - total
+            ctx.mark_non_differentiable(*found)
+            return chosen - total, *found
 
         @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> Any:
             hidden, targets, weight, bias, total = ctx.saved_tensors
             scale, cap, tile = ctx.how
             head = Head(weight, bias, scale, cap)
@@ -155,6 +254,6 @@ def _function() -> Any:
                     d_bias[part] = back.sum(0)
             if d_hidden is not None:
                 d_hidden = d_hidden.to(hidden.dtype)
-            return d_hidden, None, d_weight, d_bias, None, None, None
+            return d_hidden, None, d_weight, d_bias, None, None, None, None
 
     return TargetLogProbs

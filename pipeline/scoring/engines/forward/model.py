@@ -20,8 +20,8 @@ from pipeline.scoring.engines.forward.attention import (
     layout_of,
     register,
 )
-from pipeline.scoring.engines.forward.head import Head, head_of, target_logprobs
-from pipeline.scoring.engines.forward.plain import token_logprobs
+from pipeline.scoring.engines.forward.head import Head, TargetScores, head_of, target_scores
+from pipeline.scoring.engines.forward.plain import token_scores
 from pipeline.scoring.engines.forward.tree import grow
 
 if TYPE_CHECKING:
@@ -74,38 +74,55 @@ class Forward:
         In one pass over all of them where the model shares prompts, else a pass for each sequence.
         Equal groups in any order make equal passes, so equal bits.
         """
+        return _logprobs(self.scores(groups))
+
+    def scores(
+        self, groups: Sequence[Group], extras: Sequence[str] = ()
+    ) -> list[list[TargetScores]]:
+        """The same with `extras`, some of `head.EXTRAS`, which have no gradient."""
         if self.sharing.shared and (
             self._longest is None or _longest_sequence(groups) <= self._longest
         ):
             self._set_attention(IMPLEMENTATIONS[self._plain_attention])
-            return self._tree(groups)
+            return self._tree(groups, extras)
         self._set_attention(self._plain_attention)
-        return self._plain(groups)
+        return self._plain(groups, extras)
 
     def padded(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
-        """The same in one plain pass over padded rows, each with its own copy of the prompt."""
+        """`logprobs` in one plain pass over padded rows, each with its own copy of the prompt."""
+        return _logprobs(self.padded_scores(groups))
+
+    def padded_scores(
+        self, groups: Sequence[Group], extras: Sequence[str] = ()
+    ) -> list[list[TargetScores]]:
+        """`scores` in such a pass."""
         self._set_attention(self._plain_attention)
         rows = [(group.prompt_ids, c) for group in groups for c in group.completions]
         flat = iter(
-            token_logprobs(
+            token_scores(
                 self.model,
                 [prompt for prompt, _ in rows],
                 [c.ids for _, c in rows],
                 [c.scored for _, c in rows],
+                extras,
             )
         )
         return [[next(flat) for _ in group.completions] for group in groups]
 
-    def _plain(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
+    def _plain(
+        self, groups: Sequence[Group], extras: Sequence[str] = ()
+    ) -> list[list[TargetScores]]:
         return [
             [
-                token_logprobs(self.model, [group.prompt_ids], [c.ids], [c.scored])[0]
+                token_scores(self.model, [group.prompt_ids], [c.ids], [c.scored], extras)[0]
                 for c in group.completions
             ]
             for group in groups
         ]
 
-    def _tree(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
+    def _tree(
+        self, groups: Sequence[Group], extras: Sequence[str] = ()
+    ) -> list[list[TargetScores]]:
         import torch
 
         rows = [(group.prompt_ids, c) for group in groups for c in group.completions]
@@ -132,12 +149,13 @@ class Forward:
         ]
         targets = np.concatenate([c.ids[c.scored] for _, c in rows]).astype(np.int64)
         assert self._head is not None
-        logprobs = target_logprobs(
+        scores = target_scores(
             hidden[torch.from_numpy(np.concatenate(before)).to(device)],
             torch.from_numpy(targets).to(device),
             self._head,
+            extras,
         )
-        flat = iter(torch.split(logprobs, [len(places) for places in before]))
+        flat = iter(scores.split([len(places) for places in before]))
         return [[next(flat) for _ in group.completions] for group in groups]
 
     def _find_out(self) -> Sharing:
@@ -167,7 +185,7 @@ class Forward:
                 return Sharing(False, "its output layer is not a plain linear one")
             self._set_attention(IMPLEMENTATIONS[self._plain_attention])
             try:
-                shared = self._tree(sample)
+                shared = _logprobs(self._tree(sample))
                 apart = self._apart(sample)
             except NotShared as error:
                 return Sharing(False, str(error))
@@ -185,13 +203,13 @@ class Forward:
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return [self._tree([group])[0] for group in sample]
+            return [_logprobs(self._tree([group]))[0] for group in sample]
         finally:
             torch.set_num_threads(n_threads)
 
     def _tried(self, attention: str, sample: list[Group]) -> "list[list[torch.Tensor]]":
         self._set_attention(attention)
-        return self._plain(sample)
+        return _logprobs(self._plain(sample))
 
     def _set_attention(self, attention: str) -> None:
         if self._attention != attention:
@@ -214,6 +232,10 @@ def _sample(vocabulary: int) -> list[Group]:
         Group(np.concatenate([opening, ids(10)]), (reply("a", 13), reply("b", 9))),
         Group(np.concatenate([opening, ids(40)]), (reply("c", 12),)),
     ]
+
+
+def _logprobs(scores: list[list[TargetScores]]) -> "list[list[torch.Tensor]]":
+    return [[row.logprobs for row in group] for group in scores]
 
 
 def _flat(logprobs: "list[list[torch.Tensor]]") -> "list[torch.Tensor]":

@@ -1,22 +1,26 @@
 """The plain way: transformers' own forward pass over rows that repeat their prompts."""
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from pipeline.scoring.engines.forward.head import TargetScores, extras_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-def token_logprobs(
+def token_scores(
     model: "PreTrainedModel",
     prompts: list[np.ndarray],
     completions: list[np.ndarray],
     positions: list[np.ndarray],
-) -> "list[torch.Tensor]":
-    """Log-probs of chosen positions of completions, differentiable: float32 [n] each, nats.
+    extras: Sequence[str] = (),
+) -> list[TargetScores]:
+    """Log-probs of chosen positions of completions, differentiable, each with its extras.
 
     Rows are padded on the right and need no mask: in a causal model nothing looks ahead. The head
     runs on completion positions only.
@@ -26,6 +30,7 @@ def token_logprobs(
         prompts: token ids [P_i], at least one each.
         completions: token ids [C_i].
         positions: which completion tokens count, [n_i] each.
+        extras: some of `head.EXTRAS`.
     """
     import torch
 
@@ -47,12 +52,12 @@ def token_logprobs(
     for i, (prompt, where) in enumerate(zip(prompts, positions, strict=True)):
         # The token at prompt + p is predicted one position earlier.
         at = torch.from_numpy(where + len(prompt) - 1 - first).to(device)
-        result.append(_logprobs(logits[i, at], inputs[i, at + first + 1]))
+        result.append(_scores(logits[i, at], inputs[i, at + first + 1], extras))
     return result
 
 
-def _logprobs(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-    """Log-probs of targets [n] under logits [n, vocabulary]: float32 [n], nats.
+def _scores(logits: "torch.Tensor", targets: "torch.Tensor", extras: Sequence[str]) -> TargetScores:
+    """Of targets [n] under logits [n, vocabulary].
 
     Logit minus log-sum-exp: torch's float32 log_softmax over a large vocabulary is itself off by up
     to 3e-3 nats per sequence.
@@ -61,7 +66,10 @@ def _logprobs(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor"
 
     scored = logits.float()
     chosen = scored.gather(1, targets[:, None])[:, 0]
-    return chosen - torch.logsumexp(scored, dim=1)
+    total = torch.logsumexp(scored, dim=1)
+    with torch.no_grad():
+        found = extras_of(scored, chosen, total, extras) if extras else {}
+    return TargetScores(chosen - total, found)
 
 
 def _keeps_logits(model: "PreTrainedModel") -> bool:

@@ -1,0 +1,1 @@
+"""Policies for elsewhere: merged into their start, and copied out of the store."""
