@@ -173,7 +173,7 @@ def test_another_metric_may_be_the_best(
     assert result.kept == result.evaluations["step"][found.index(max(found))], "more is better"
 
 
-@pytest.mark.parametrize("patience", [1, 2])
+@pytest.mark.parametrize("patience", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_stops_when_it_gets_no_better(
     write_plan: Any, tmp_path: Path, noisy: dict[str, Any], patience: int
 ) -> None:

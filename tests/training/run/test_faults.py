@@ -51,7 +51,10 @@ def poisoned(step: int, poison: Poison) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("training", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "training",
+    [pytest.param(LORA, id="lora", marks=pytest.mark.slow), pytest.param(FULL, id="full")],
+)
 def test_a_number_that_is_not_finite(write_plan: Any, tmp_path: Path, training: Any) -> None:
     desk = Desk(write_plan, tmp_path, training=training)
     undisturbed = desk.trained()

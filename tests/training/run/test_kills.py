@@ -134,7 +134,7 @@ def stopped(desk: Desk, after: int) -> tuple[Any, Store]:
     return plan, store
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora, evaluated", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_passed_over(write_plan: Any, tmp_path: Path, kind: str) -> None:
     desk = Desk(write_plan, tmp_path, training=KINDS[kind])
     undisturbed = desk.trained()

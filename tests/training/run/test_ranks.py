@@ -34,6 +34,7 @@ FULL = {
     "max_grad_norm": 100.0,  # the size of a gradient is seen
     "checkpoint_every": 2,
     "evaluate_every": 4,
+    "token_statistics": True,
 }
 LOSSES: dict[str, dict[str, Any]] = {"dpo": {"beta": 0.1}, "kto": {"beta": 0.1}, "aot": {}}
 OBJECTIVES = {
@@ -92,15 +93,22 @@ def test_two_processes_train_what_one_does(
     assert not train(plan, store, name).trained
     assert left_over(store) == []
     off = relative(desk, one, two)
-    loss = float((one.steps["loss"] - two.steps["loss"]).abs().max())  # type: ignore[arg-type]
+    logged = one.steps.drop("policy_id", strict=False).fill_null(0.0) - two.steps.drop(
+        "policy_id", strict=False
+    ).fill_null(0.0)
+    loss = float(logged["loss"].abs().max())  # type: ignore[arg-type]
+    worst = max(float(column.abs().max()) for column in logged)  # type: ignore[arg-type]
     by("lone", monkeypatch, tmp_path, "Devices.sum_gradients = lambda self, parameters: None")
     lone = relative(desk, one, desk.trained(TWO, objective=name))
     measured(
-        f"{name}: two processes off by {off:.1e} of the update, losses by {loss:.1e}; "
+        f"{name}: two processes off by {off:.1e} of the update, losses by {loss:.1e}, "
+        f"all that is logged by {worst:.1e}; "
         f"gradients not added (control) {lone:.2f}"
     )
     assert off <= 2e-3
     assert loss <= 1e-5
+    assert worst <= 1e-3
+    assert (two.steps["entropy"] > 0).all()
     assert one.evaluations["step"].equals(two.evaluations["step"])
     assert (one.evaluations["eval_loss"] - two.evaluations["eval_loss"]).abs().max() < 1e-5  # type: ignore[operator]
     assert lone > 2e-3
