@@ -32,6 +32,8 @@ POINTS = (
     "checkpoint.begun",  # a checkpoint's folder is there under a temporary name, empty
     "checkpoint.written",  # its weights are in it
     "checkpoint.published",  # it has its name, and the ones before are still there
+    "policy.begun",  # a policy's folder is there under a temporary name, empty
+    "policy.written",  # all is in it
 )
 """Every point, in the order of the modules that have them."""
 

@@ -21,6 +21,7 @@ from pipeline.plan.rounds import bases, rounds
 from pipeline.plan.selection import require_selectable
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
+from schemas import TrainingEvaluation, polars_schema
 
 Extra = Literal["log_sum_squares", "entropy"]
 """What may be computed of a scored token's distribution p over the vocabulary, nats.
@@ -257,6 +258,14 @@ class TrainingConfig(_Section):
     log_to: list[Literal["tensorboard", "wandb"]] = Field(
         default=[], description="Experiment trackers, which must be installed."
     )
+
+    @field_validator("best_metric")
+    @classmethod
+    def _metric_is_one(cls, name: str) -> str:
+        metrics = [column for column in polars_schema(TrainingEvaluation) if "eval_" in column]
+        if name not in metrics:
+            raise ValueError(f"'{name}' is not one of {', '.join(metrics)}")
+        return name
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Training an objective of a plan: what its loss needs is gathered from the tables, or scored."""
 
 import logging
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import polars as pl
 
@@ -16,20 +18,65 @@ from pipeline.training.data.balance import class_balance
 from pipeline.training.data.correction import Correction, correct_reference
 from pipeline.training.data.examples import Example, training_examples
 from pipeline.training.data.preferences import Preferences, read_preferences
-from pipeline.training.data.selection import Selected, selected_pairs
-from pipeline.training.policy import PolicyResult, load_policy, policy_id, train_policy
+from pipeline.training.data.selection import Selected, SelectionRecord, selected_pairs
+from pipeline.training.policy import (
+    PolicyResult,
+    load_policy,
+    policy_id,
+    refuse_adapter,
+    train_policy,
+)
+from pipeline.training.ranks.start import train_in_processes
 from pipeline.training.retrain import kept_policy, settings_of
 from pipeline.training.run.loop import Job
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A policy's id, what it is trained with, and how that was come to."""
+
+    policy_id: str
+    job: Job
+    correction: Correction | None
+    selection: SelectionRecord | None
+    settings: Mapping[str, Any]
+
+
 def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     """Train the policy of an objective, find it trained, or keep the one it has.
 
     Raises:
+        TrainingError: as `prepare` and `train_policy`.
+        LogratioError: as `train_in_processes`, if there are to be several.
+    """
+    prepared = prepare(plan, store, name)
+    if isinstance(prepared, PolicyResult):
+        return prepared
+    final = store.policies / prepared.policy_id
+    if plan.training.processes > 1 and not final.exists():
+        refuse_adapter(prepared.job)
+        train_in_processes(plan, name, prepared.policy_id, prepared.job.checkpoints)
+        result = load_policy(final, trained=True)
+    else:
+        result = train_prepared(store, prepared)
+    return replace(result, selection=prepared.selection, settings=prepared.settings)
+
+
+def train_prepared(store: Store, prepared: Prepared) -> PolicyResult:
+    """Train here, as one process or one of several."""
+    return train_policy(
+        store, prepared.policy_id, prepared.job, prepared.correction, prepared.selection
+    )
+
+
+def prepare(plan: Plan, store: Store, name: str) -> Prepared | PolicyResult:
+    """What an objective is trained with, read from the tables; or the policy that it keeps.
+
+    Raises:
         TrainingError: the reference was scored in other numerics than the trainer's and the plan
-            does not let it be corrected; or see `selected_pairs` and `train_policy`.
+            does not let it be corrected; or see `selected_pairs`.
     """
     objective = plan.objectives[name]
     # The trainer is torch, whatever engine scores the start.
@@ -86,8 +133,7 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
         tolerance,
         store.policies / ".checkpoints" / identifier,
     )
-    result = train_policy(store, identifier, job, correction, selected.record)
-    return replace(result, selection=selected.record, settings=settings)
+    return Prepared(identifier, job, correction, selected.record, settings)
 
 
 def _selected(preferences: Preferences, selected: Selected) -> Preferences:

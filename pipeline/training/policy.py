@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from pipeline.errors import TrainingError
+from pipeline.failpoints import reach
 from pipeline.ids import content_id
 from pipeline.models import identify, publish_directory
 from pipeline.plan import ObjectiveConfig, TrainingConfig
@@ -108,15 +109,12 @@ def train_policy(
         TrainingError: the first step does not agree with the tables, or a loss or gradient is not
             finite; names the step.
     """
-    if job.start.adapter is not None:
-        raise TrainingError(
-            f"objective '{job.name}': its start '{job.objective.start}' is an adapter; merge it "
-            "first (an adapter on an adapter is not trained)"
-        )
+    refuse_adapter(job)
     final = store.policies / identifier
     if final.exists():
         return load_policy(final, trained=False)
-    devices = Devices(job.config, job.numerics.dtype, job.name)
+    logs = store.directory / "tensorboard" / f"{job.name}-{identifier}"
+    devices = Devices(job.config, job.numerics.dtype, job.name, logs)
     try:
         trained = train(job, devices)
         if devices.first:
@@ -128,6 +126,19 @@ def train_policy(
     return load_policy(final, trained=True)
 
 
+def refuse_adapter(job: Job) -> None:
+    """No adapter on an adapter.
+
+    Raises:
+        TrainingError: the start is one.
+    """
+    if job.start.adapter is not None:
+        raise TrainingError(
+            f"objective '{job.name}': its start '{job.objective.start}' is an adapter; merge it "
+            "first (an adapter on an adapter is not trained)"
+        )
+
+
 def _save(
     store: Store,
     final: Path,
@@ -137,9 +148,14 @@ def _save(
     correction: Correction | None,
     selection: SelectionRecord | None,
 ) -> None:
-    temporary = store.policies / f".{uuid.uuid4().hex}.tmp"
-    temporary.mkdir(parents=True)
+    from safetensors import SafetensorError
+
+    for left in store.policies.glob(f".{identifier}.*.tmp"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = store.policies / f".{identifier}.{uuid.uuid4().hex}.tmp"
     try:
+        temporary.mkdir(parents=True)
+        reach("policy.begun")
         trained.model.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty form
         for pattern in ("*token*", "chat_template*"):
@@ -170,8 +186,9 @@ def _save(
             "blake3": digests,
         }
         (temporary / "policy.json").write_text(json.dumps(record, indent=2, sort_keys=True))
+        reach("policy.written")
         publish_directory(temporary, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
         raise TrainingError(
             f"step {trained.steps.height}: the policy cannot be written to {final}: {error}"
         ) from error

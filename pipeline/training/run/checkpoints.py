@@ -67,6 +67,7 @@ def save_checkpoint(
         TrainingError: it cannot be written; names the step, and the last one is intact.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = folder / _name(standing.step)
@@ -98,7 +99,7 @@ def save_checkpoint(
         (temporary / "state.json").write_text(json.dumps(state))
         publish_directory(temporary, final)
         reach("checkpoint.published")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
         raise TrainingError(f"step {standing.step}: no checkpoint in {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -113,10 +114,15 @@ def load_checkpoint(
     parameters: "Mapping[str, torch.nn.Parameter]",
     optimiser: "torch.optim.Optimizer",
 ) -> Standing | None:
-    """Put everything back to the newest intact checkpoint; None if there is none."""
+    """Put everything back to the newest intact checkpoint; None if there is none.
+
+    Damaged ones, and what a kill left half written, are removed.
+    """
     import torch
     from safetensors.torch import load_file
 
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
     for step, directory in reversed(_all(folder)):
         standing = _intact(directory)
         if standing is None:
@@ -137,6 +143,11 @@ def load_checkpoint(
             torch.cuda.set_rng_state(random["cuda"])
         return standing
     return None
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint, intact or not; None if there is none."""
+    return max((step for step, _ in _all(folder)), default=None)
 
 
 def load_weights(folder: Path, step: int, parameters: "Mapping[str, torch.nn.Parameter]") -> None:

@@ -6,6 +6,7 @@ before the update, so that all make the same one.
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import TrainingError
@@ -26,27 +27,42 @@ class Devices:
         config: `log_to`.
         dtype: what matrices are multiplied in on a GPU; a CPU has float32.
         name: what an experiment tracker calls the run.
+        logs: where one that writes files puts them.
+
+    Raises:
+        TrainingError: a tracker of `log_to` is not installed, or cannot be started.
     """
 
-    def __init__(self, config: TrainingConfig, dtype: str = "float32", name: str = "") -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        dtype: str = "float32",
+        name: str = "",
+        logs: Path | None = None,
+    ) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import ProjectConfiguration
 
+        _require_trackers(config.log_to)
         device = torch_device()
         self.on_cpu = device.type == "cpu"
         precision = "no" if self.on_cpu else _PRECISION[dtype]
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
             AcceleratorState._reset_state()  # another policy's, in this process
-        try:
-            self._accelerator = Accelerator(
-                cpu=self.on_cpu, mixed_precision=precision, log_with=list(config.log_to) or None
-            )
-        except (ValueError, ImportError) as error:
-            raise TrainingError(f"training.log_to: {error}") from error
+        self._accelerator = Accelerator(
+            cpu=self.on_cpu,
+            mixed_precision=precision,
+            log_with=list(config.log_to) or None,
+            project_config=ProjectConfiguration(logging_dir=str(logs)),
+        )
         self.device: torch.device = self._accelerator.device
         self._logs = bool(config.log_to)
         if self._logs:
-            self._accelerator.init_trackers("logratio", init_kwargs={"wandb": {"name": name}})
+            try:
+                self._accelerator.init_trackers("logratio", init_kwargs={"wandb": {"name": name}})
+            except Exception as error:  # of any class: a tracker's own
+                raise TrainingError(f"before step 1: training.log_to: {error}") from error
 
     @property
     def first(self) -> bool:
@@ -79,6 +95,17 @@ class Devices:
         by_example = dict(zip(order, gathered, strict=True))
         return [by_example[i] for i in range(n)]
 
+    def require_agreed(self, what: str, of_this: object) -> None:
+        """Refuse to go on where the processes do not have the same.
+
+        Raises:
+            TrainingError: says what each has.
+        """
+        said = self.gather([of_this])
+        if any(one != said[0] for one in said):
+            listed = ", ".join(f"process {i}: {one}" for i, one in enumerate(said))
+            raise TrainingError(f"the processes do not agree on {what} ({listed})")
+
     def sum_gradients(self, parameters: "Iterable[torch.nn.Parameter]") -> None:
         """Add up all processes' gradients; those without any take part with zeros."""
         if self.n_processes == 1:
@@ -88,7 +115,7 @@ class Devices:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
+            torch.distributed.all_reduce(parameter.grad)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Half precision inside the block, where it was asked for."""
@@ -124,16 +151,44 @@ class Devices:
             self._accelerator.scaler.load_state_dict(state)
 
     def log(self, row: dict[str, Any], step: int) -> None:
-        """A step's numbers to the experiment trackers of `training.log_to`."""
-        if self._logs:
-            numbers = {k: v for k, v in row.items() if v is not None and k != "step"}
+        """A step's numbers to the experiment trackers of `training.log_to`.
+
+        Raises:
+            TrainingError: one cannot take them.
+        """
+        if not self._logs:
+            return
+        numbers = {k: v for k, v in row.items() if v is not None and k != "step"}
+        try:
             self._accelerator.log(numbers, step=step)
+        except Exception as error:  # of any class: a tracker's own
+            raise TrainingError(f"step {step}: training.log_to: {error}") from error
+
+    def first_alone(self) -> AbstractContextManager[Any]:
+        """The first process is inside the block before the others enter it."""
+        context: AbstractContextManager[Any] = self._accelerator.main_process_first()
+        return context
 
     def wait(self) -> None:
         """Until all processes are here."""
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """End what the trackers have open."""
-        if self._logs:
-            self._accelerator.end_training()
+        """End what the trackers have open, and the group of processes."""
+        self._accelerator.end_training()
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Refuse what accelerate leaves out with no more than a word in its debug log.
+
+    Raises:
+        TrainingError: names the missing package.
+    """
+    from accelerate.tracking import get_available_trackers
+
+    there = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in there:
+            raise TrainingError(
+                f"before step 1: training.log_to: the package {name} is not installed"
+            )

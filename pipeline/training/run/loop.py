@@ -144,7 +144,9 @@ class Run:
 
     def resumed(self) -> Standing:
         """Go back to the newest checkpoint, if there is one."""
-        found = load_checkpoint(self._job.checkpoints, self._named, self._optimiser)
+        with self._devices.first_alone():  # which removes damaged ones
+            found = load_checkpoint(self._job.checkpoints, self._named, self._optimiser)
+        self._devices.require_agreed("the checkpoint to go on from", found and found.step)
         if found is not None:
             self._standing = found
             self._devices.load_scale(found.scale)
@@ -159,9 +161,10 @@ class Run:
         """One optimiser step; its loss before the update."""
         job, standing, config = self._job, self._standing, self._job.config
         number = standing.step + 1
-        if standing.step == 0:
+        if standing.step == 0 and not standing.evaluations:
             self._evaluate()
-        work = Work(batch, number, self._devices.mine(len(batch)), standing.statistics)
+        mine = self._devices.mine(len(batch))
+        work = Work(batch, number, mine, standing.statistics)
         with self._devices.autocast():
             result = run_step(
                 self._replicas,
@@ -173,6 +176,8 @@ class Run:
                 scale=self._devices.scale,
                 token_statistics=config.token_statistics,
             )
+        others = [example for i, example in enumerate(batch) if i not in mine]
+        report(len(others), sum(example.n_tokens for example in others))
         seen = self._devices.in_order(result.seen, len(batch))
         metrics = means_of(seen, batch, shares_of(batch))
         if standing.first_step is None:
@@ -217,6 +222,7 @@ class Run:
 
     def finish(self) -> None:
         """Keep the best evaluated weights, where the plan asks for them."""
+        self._require_finite_weights()
         best = self._standing.best
         if self._job.config.keep_best and best is not None and best[0] != self._standing.step:
             load_weights(self._job.checkpoints, best[0], self._named)
@@ -273,6 +279,7 @@ class Run:
                 for k, v in means_of(seen, job.held_out, shares_of(job.held_out)).items()
             },
         }
+        _require_finite(standing.step, row)
         standing.evaluations.append(row)
         self._devices.log(row, standing.step)
         value = row[config.best_metric]
@@ -286,7 +293,16 @@ class Run:
         else:
             standing.waited += 1
 
+    def _require_finite_weights(self) -> None:
+        """What an update made infinite is neither a checkpoint nor a policy."""
+        for name, parameter in self._named.items():
+            if not parameter.isfinite().all():
+                raise TrainingError(
+                    f"step {self._standing.step}: its update left {name} not finite"
+                )
+
     def _save(self) -> None:
+        self._require_finite_weights()
         if self._devices.first:
             self._standing.scale = self._devices.scale_state()
             save_checkpoint(

@@ -83,7 +83,7 @@ def with_adapter(model: "PreTrainedModel", lora: LoraConfig, name: str) -> "PreT
     try:
         return get_peft_model(model, adapter).eval()
     except ValueError as error:
-        raise TrainingError(f"no adapter can be put on {name}: {error}") from error
+        raise TrainingError(f"before step 1: no adapter can be put on {name}: {error}") from error
 
 
 def require_vocabulary(start: Checkpoint, largest_id: int) -> None:
@@ -95,8 +95,8 @@ def require_vocabulary(start: Checkpoint, largest_id: int) -> None:
     size = vocabulary_size(start)
     if largest_id >= size:
         raise TrainingError(
-            f"step 1: token id {largest_id} is outside the vocabulary of {size} of {start.path}; "
-            "the sequences were made with another tokeniser"
+            f"before step 1: token id {largest_id} is outside the vocabulary of {size} of "
+            f"{start.path}; the sequences were made with another tokeniser"
         )
 
 
@@ -115,7 +115,9 @@ def _checkpoint_layers(model: Any) -> None:
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not inner.supports_gradient_checkpointing:
-        raise TrainingError(f"{type(inner).__name__} does not support gradient checkpointing")
+        raise TrainingError(
+            f"before step 1: {type(inner).__name__} does not support gradient checkpointing"
+        )
     inner.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})
     for module in inner.modules():
         if isinstance(module, GradientCheckpointingLayer):

@@ -1,0 +1,1 @@
+"""Training by several processes: torchrun, its ranks, and what becomes of their errors."""
