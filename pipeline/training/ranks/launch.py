@@ -22,7 +22,7 @@ def main(folder: str, n: str, module: str) -> int:
     # What the others print would be said twice.
     arguments += ["--redirects", ",".join(f"{rank}:3" for rank in range(1, int(n)))]
     try:
-        run(parse_args([*arguments, "-m", module, folder]))
+        run(parse_args([*arguments, "-m", module, folder]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         write_ended(Path(folder), codes)

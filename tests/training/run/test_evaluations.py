@@ -79,7 +79,7 @@ def recomputed(plan: Plan, store: Store) -> dict[str, float]:
         "eval_logps/chosen": rewards["policy_chosen"].mean(),
         "eval_logps/rejected": rewards["policy_rejected"].mean(),
     }
-    return {name: float(value) for name, value in found.items()}  # type: ignore[arg-type]
+    return {name: float(value) for name, value in found.items()}
 
 
 def test_evaluations_are_what_the_ledger_says(write_plan: Any, tmp_path: Path) -> None:

@@ -17,14 +17,15 @@ from pipeline.errors import ScoringError, TrainingError
 from pipeline.plan import load_plan
 from pipeline.stages import score, train
 from pipeline.training.run import loop
-from pipeline.training.run.step import StepResult
+from pipeline.training.run.replicas import Replicas
+from pipeline.training.run.step import StepResult, run_step
 from training.run.runs import FULL, LORA, STEPS, Desk, checkpoints, left_over, require_same
 
-Poison = Callable[[loop.Replicas, StepResult], StepResult]
+Poison = Callable[[Replicas, StepResult], StepResult]
 
 
 def gradient(value: float) -> Poison:
-    def poison(replicas: loop.Replicas, result: StepResult) -> StepResult:
+    def poison(replicas: Replicas, result: StepResult) -> StepResult:
         of_last = replicas.parameters[-1].grad
         assert of_last is not None
         of_last.view(-1)[0] = value
@@ -40,14 +41,13 @@ def loss(value: float) -> Poison:
 @contextmanager
 def poisoned(step: int, poison: Poison) -> Iterator[None]:
     """One step of those inside the block is not what it was computed to be."""
-    real = loop.run_step
 
-    def run_step(replicas: Any, work: Any, *arguments: Any, **named: Any) -> StepResult:
-        result = real(replicas, work, *arguments, **named)
+    def poisoned_step(replicas: Any, work: Any, *arguments: Any, **named: Any) -> StepResult:
+        result = run_step(replicas, work, *arguments, **named)
         return poison(replicas, result) if work.number == step else result
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "run_step", run_step)
+        patched.setattr(loop, "run_step", poisoned_step)
         yield
 
 

@@ -43,7 +43,7 @@ OBJECTIVES = {
 
 
 @pytest.fixture
-def desk(write_plan: Any, tmp_path: Path) -> Desk:  # type: ignore[override]
+def desk(write_plan: Any, tmp_path: Path) -> Desk:
     return Desk(write_plan, tmp_path, training=FULL, objectives=OBJECTIVES)
 
 
