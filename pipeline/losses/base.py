@@ -273,6 +273,15 @@ class LossSpec:
         return "batch" in self.needs
 
     @property
+    def scope(self) -> str:
+        """What a pair's loss depends on: `pair`, or `optimizer_step`.
+
+        The latter is every pair of the step, however it is cut into passes and processes; of a
+        table, every pair of the table.
+        """
+        return "optimizer_step" if self.needs_kl or self.needs_batch else "pair"
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns of `PairBatch.more` it reads."""
         return tuple(column for need in self.needs for column in NEEDS[need].columns)

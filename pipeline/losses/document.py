@@ -22,7 +22,8 @@ with `beta: 0.1` beside it, and a term's own values may stand with its weight, `
 the rejected one (`l`), `σ'` is `σ(x) σ(-x)`, `h` the margin of log-ratios in nats. Log-probs are
 sums over a reply's scored tokens, its end-of-turn included; means are per such token. A gradient
 is dLoss/ds of the chosen reply, and its opposite of the rejected one, unless both are given. The
-target is the margin where the loss rests at its defaults (SimPO's: that it asks for).
+target is the margin where the loss rests at its defaults (SimPO's: that it asks for). The scope
+is what a pair's loss depends on: the pair, or all of its optimiser step, however that is cut.
 """
 
 
@@ -32,7 +33,7 @@ def page() -> str:
 
 
 def _table() -> Iterator[str]:
-    head = ("loss", "formula", "gradient", "scale", "parameters", "needs", "target")
+    head = ("loss", "formula", "gradient", "scale", "parameters", "needs", "scope", "target")
     yield _row(*head)
     yield _row(*["---"] * len(head))
     for spec in REGISTRY.values():
@@ -44,6 +45,7 @@ def _table() -> Iterator[str]:
             spec.scale.name,
             "; ".join(f"`{name}` {bounds}" for name, bounds in spec.parameters.items()) or "–",
             ", ".join(spec.needs) or "–",
+            spec.scope,
             "–" if target is None else str(target),
         )
 

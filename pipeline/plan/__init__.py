@@ -7,7 +7,6 @@ from pipeline.plan.report import LandscapeConfig, ReportConfig
 from pipeline.plan.sections import (
     AuditConfig,
     Extra,
-    LoraConfig,
     ModelConfig,
     ParityConfig,
     Plan,
@@ -15,10 +14,10 @@ from pipeline.plan.sections import (
     SourceConfig,
     SplitConfig,
     TokenizationConfig,
-    TrainingConfig,
     VllmConfig,
 )
 from pipeline.plan.selection import Selection, Sql, policies_named, selection_of
+from pipeline.plan.training import LoraConfig, TrainingConfig
 
 __all__ = [
     "AuditConfig",

@@ -87,11 +87,13 @@ def prepare(plan: Plan, store: Store, name: str) -> Prepared | PolicyResult:
     if objective.spec.needs_reference:
         reference_key, _ = key_of(plan, store, objective.reference)
     selected = selected_pairs(plan, store, name)
-    preferences = read_preferences(store).read_by(objective)
+    preferences = read_preferences(store)
     training = _selected(preferences.of_splits("train"), selected)
     reference_id = None if reference_key is None else reference_key.model.model_id
     settings = settings_of(plan, store, name, here.model.model_id, reference_id)
-    if (kept := kept_policy(plan, store, name, settings, training.ids)) is not None:
+    if (
+        kept := kept_policy(plan, store, name, settings, training.read_by(objective).ids)
+    ) is not None:
         found = load_policy(store.policies / kept.policy_id, trained=False)
         return replace(found, selection=selected.record, retained=kept, settings=settings)
     start_logprobs, tolerance = read_logprobs(planned), plan.scoring.tolerance(start_config.dtype)
@@ -112,7 +114,8 @@ def prepare(plan: Plan, store: Store, name: str) -> Prepared | PolicyResult:
     ]
     held_out: list[Example] = []
     if plan.training.evaluate_every is not None:
-        kept_out = preferences.of_splits("test").first(plan.training.evaluation_pairs, "evaluated")
+        kept_out = preferences.of_splits("test").read_by(objective)
+        kept_out = kept_out.first(plan.training.evaluation_pairs, "evaluated")
         held_out = training_examples(objective, kept_out, sequences, reference, split="test")
     balance = class_balance(examples, objective.values)
     if balance is not None and balance.advice is not None:
@@ -192,7 +195,7 @@ def _corrected(
 def _trained_on(plan: Plan, store: Store, name: str, training: Preferences) -> pl.DataFrame:
     """The sequences training reads: what is trained on, held-out ones, mismatched replies."""
     objective = plan.objectives[name]
-    ids = training.sequence_ids
+    ids = training.read_by(objective).sequence_ids
     if plan.training.evaluate_every is not None:
         ids += read_preferences(store).read_by(objective).of_splits("test").sequence_ids
     if objective.spec.needs_kl:

@@ -88,6 +88,23 @@ def test_aot_is_the_papers(name: str) -> None:
     assert n_moved > 20, "control: unsorted losses must differ"
 
 
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_losss_scope_is_what_it_depends_on(name: str) -> None:
+    """Among others, or with another statistic, only a loss of the whole step is another one."""
+    spec = REGISTRY[name]
+    pairs = [a_pair(np.random.default_rng(seed), 30.0) for seed in range(5)]
+
+    def first(members: list[Numbers], kl: float) -> float:
+        batch = batch_of(members)
+        known = {"kl": kl}
+        if spec.statistic is not None:
+            known |= spec.statistic(batch, spec.defaults, {"running": 1.0})
+        return spec.loss(batch, spec.defaults, known)[0].item()
+
+    among, alone = first(pairs, 1.5), first(pairs[:1], 0.0)
+    assert spec.scope == ("pair" if among == pytest.approx(alone, rel=1e-12) else "optimizer_step")
+
+
 def test_statistics_are_means_over_the_batch() -> None:
     pairs = [a_pair(np.random.default_rng(seed), 60.0) for seed in range(5)]
     batch = batch_of(pairs)
