@@ -22,7 +22,7 @@ from pipeline.scoring.passes import with_passes
 from pipeline.scoring.run import scorer_key
 from pipeline.store import Store, current_snapshot, read, verify
 from pipeline.training.data.kl_rows import kl_sequences
-from pipeline.training.data.preferences import read_preferences
+from pipeline.training.data.preferences import read_labels
 
 
 def store_of(plan: Plan) -> Store:
@@ -180,13 +180,13 @@ def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
     scores them while it is trained. A policy scores the pairs it is reported on, and the labels if
     it could be trained on any; one that is another's reference or start all that a model scores.
     """
-    sequences, preferences = read(store, "sequences"), read_preferences(store)
-    labels = preferences.label_sequences
+    sequences, labels = read(store, "sequences"), read_labels(store, "label_sequences")
     if name in plan.policies and name not in plan.bases:
         ways = reported_pairs(plan, store)
         ids = [*ways["chosen_id"], *ways["rejected_id"]]
         if name in plan.objectives and plan.objectives[name].reads_labels:
-            ids += _reported(plan, labels, preferences.labels, "label_id")["sequence_id"].to_list()
+            table = read_labels(store, "labels")
+            ids += _reported(plan, labels, table, "label_id")["sequence_id"].to_list()
         sequences = sequences.filter(pl.col("sequence_id").is_in(ids))
     kl = [
         read(store, f"kl_sequences/{objective}")
@@ -195,7 +195,7 @@ def wanted_sequences(plan: Plan, store: Store, name: str) -> pl.DataFrame:
     ]
     mismatched = [kl_sequences(table, sequences) for table in kl]
     wanted = pl.concat([sequences, *mismatched]).unique("sequence_id").sort("sequence_id")
-    return with_passes(wanted, preferences.pair_sequences, *kl, labels=labels)
+    return with_passes(wanted, read(store, "pair_sequences"), *kl, labels=labels)
 
 
 def wanted_extras(plan: Plan, name: str) -> list[Extra]:

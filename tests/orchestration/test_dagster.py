@@ -354,5 +354,5 @@ def test_a_wrong_plan_is_said_plainly(
 ) -> None:
     assert main(["run", str(write_plan(training={"epoch": 2}))]) == 2
     said = capsys.readouterr().err
-    assert "plan.yaml: training.epoch: unknown key; allowed: epochs, max_steps" in said
+    assert "plan.yaml: training.epoch: unknown key; allowed: method, epochs, max_steps" in said
     assert "Traceback" not in said

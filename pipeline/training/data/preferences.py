@@ -1,14 +1,16 @@
 """The pairs and the labels that training reads, with their ways to sequences."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import polars as pl
 
 from pipeline.ids import unit_interval
 from pipeline.plan import ObjectiveConfig
 from pipeline.store import Store, is_published, read
-from schemas import LabelSequence, PreferenceLabel, polars_schema
+from schemas import LabelSequence, PreferenceLabel, Table, polars_schema
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,27 @@ def read_preferences(store: Store) -> Preferences:
     return Preferences(
         read(store, "pairs"),
         read(store, "pair_sequences"),
-        *(
-            read(store, name) if is_published(store, name) else _empty(schema)
-            for name, schema in (("labels", PreferenceLabel), ("label_sequences", LabelSequence))
-        ),
+        read_labels(store, "labels"),
+        read_labels(store, "label_sequences"),
     )
+
+
+def read_labels(store: Store, name: Literal["labels", "label_sequences"]) -> pl.DataFrame:
+    """The labels, or their ways to sequences; empty where a plan's sources have none.
+
+    Raises:
+        StoreError: the table is damaged.
+    """
+    if is_published(store, name):
+        return read(store, name)
+    return pl.DataFrame(schema=polars_schema(_LABELS[name]))
 
 
 def _met(rows: pl.DataFrame, ways: pl.DataFrame, key: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     return rows.join(ways, on=key, how="semi"), ways.join(rows, on=key, how="semi")
 
 
-def _empty(schema: type[PreferenceLabel] | type[LabelSequence]) -> pl.DataFrame:
-    return pl.DataFrame(schema=polars_schema(schema))
+_LABELS: Mapping[str, type[Table]] = {
+    "labels": PreferenceLabel,
+    "label_sequences": LabelSequence,
+}
