@@ -27,7 +27,7 @@ from pipeline.training.run.gate import FirstStep, compare_first_step
 from pipeline.training.run.model import require_vocabulary, trainable_model
 from pipeline.training.run.numbers import means_of
 from pipeline.training.run.replicas import Replicas
-from pipeline.training.run.step import Report, Work, run_step, shares_of
+from pipeline.training.run.step import Report, Work, run_step
 from schemas import TrainingEvaluation, TrainingStep, polars_schema
 
 
@@ -179,7 +179,7 @@ class Run:
         others = [example for i, example in enumerate(batch) if i not in mine]
         report(len(others), sum(example.n_tokens for example in others))
         seen = self._devices.in_order(result.seen, len(batch))
-        metrics = means_of(seen, batch, shares_of(batch))
+        metrics = means_of(seen, batch)
         if standing.first_step is None:
             gate = compare_first_step(batch, seen, job.start_logprobs, job.tolerance)
             standing.first_step = gate.to_dict()
@@ -274,10 +274,7 @@ class Run:
         row = {
             "step": standing.step,
             "n": len(seen),
-            **{
-                f"eval_{k}": v
-                for k, v in means_of(seen, job.held_out, shares_of(job.held_out)).items()
-            },
+            **{f"eval_{k}": v for k, v in means_of(seen, job.held_out).items()},
         }
         _require_finite(standing.step, row)
         standing.evaluations.append(row)

@@ -157,15 +157,21 @@ def _n_scored(example: Example) -> int:
     return sum(len(reply.scored) for reply in example.replies)
 
 
-def means_of(
-    seen: Sequence[Numbers], examples: Sequence[Example], weights: Sequence[float]
-) -> Numbers:
-    """The step's numbers: the loss by weight, the others plainly over those that have one.
+def shares_of(examples: Sequence[Example]) -> list[float]:
+    """What of a step's loss an example's is: by weight and rows, a pair being two. Sums to 1."""
+    weights = [example.weight * len(example.replies) for example in examples]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def means_of(seen: Sequence[Numbers], examples: Sequence[Example]) -> Numbers:
+    """The step's numbers: the loss by share, the others plainly over those that have one.
 
     Entropy and token accuracy are means over tokens.
     """
-    total = sum(weights)
-    loss = sum(w * (n["loss"] or 0.0) for w, n in zip(weights, seen, strict=True)) / total
+    shares = shares_of(examples)
+    total = sum(shares)
+    loss = sum(s * (n["loss"] or 0.0) for s, n in zip(shares, seen, strict=True)) / total
     means: Numbers = {"loss": loss}
     for name in LOGGED[1:]:
         there = [value for numbers in seen if (value := numbers[name]) is not None]

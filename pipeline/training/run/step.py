@@ -17,6 +17,7 @@ from pipeline.training.run.numbers import (
     class_batch,
     losses_of,
     numbers_of,
+    shares_of,
     token_numbers,
 )
 from pipeline.training.run.replicas import Replicas, divide
@@ -100,7 +101,8 @@ def run_step(
 
     spec, values = objective.spec, objective.values
     mine = [work.examples[i] for i in work.mine]
-    shares = [shares_of(work.examples)[i] for i in work.mine]
+    shares_of_all = shares_of(work.examples)
+    shares = [shares_of_all[i] for i in work.mine]
     step = _Step(replicas, mine, most_tokens, report, gather)
     statistics: dict[str, float] = {}
     if spec.needs_kl and train:
@@ -231,12 +233,6 @@ def _look_ahead(
         Row(loss.item(), tuple(next(slopes).item() for _ in sides_of))
         for loss, sides_of in zip(losses, sides, strict=True)
     ]
-
-
-def shares_of(examples: Sequence[Example]) -> list[float]:
-    """What of a step's loss an example's is: by weight and rows, a pair being two. Sums to 1."""
-    weights = [example.weight * len(example.replies) for example in examples]
-    return [weight / sum(weights) for weight in weights]
 
 
 def _unique_tokens(group: Group) -> int:
