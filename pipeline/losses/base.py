@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pipeline.errors import LogratioError
@@ -46,6 +47,22 @@ class PairBatch:
         """The others."""
         return Side(self, "rejected")
 
+    @cached_property
+    def reference_partners(self) -> "torch.Tensor":
+        """For each pair's policy margin, where the reference margin of equal rank stands, [B].
+
+        Margins are differences of log-probs. Sorted once, whatever is asked of the batch.
+        """
+        return of_equal_rank(
+            self.policy_chosen - self.policy_rejected,
+            self.reference_chosen - self.reference_rejected,
+        )
+
+    @cached_property
+    def rejected_partners(self) -> "torch.Tensor":
+        """For each chosen log-ratio, where the rejected one of equal rank stands, [B]."""
+        return of_equal_rank(self.chosen.log_ratio, self.rejected.log_ratio)
+
     def column(self, name: str) -> "torch.Tensor":
         """One of `more`.
 
@@ -55,6 +72,16 @@ class PairBatch:
         if name not in self.more:
             raise LossInputError(f"the loss needs the column '{name}', which is not there")
         return self.more[name]
+
+
+def of_equal_rank(ours: "torch.Tensor", theirs: "torch.Tensor") -> "torch.Tensor":
+    """For each number of `ours`, [B], where in `theirs`, [B], the one of equal rank stands."""
+    import torch
+
+    order, others = (torch.argsort(x.detach(), stable=True) for x in (ours, theirs))
+    partners = torch.empty_like(order)
+    partners[order] = others
+    return partners
 
 
 @dataclass(frozen=True)

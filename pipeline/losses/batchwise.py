@@ -14,20 +14,10 @@ _KEPT = 0.9
 _SMALLEST_BETA = 1e-3
 
 
-def of_equal_rank(ours: "torch.Tensor", theirs: "torch.Tensor") -> "torch.Tensor":
-    """For each number of `ours`, [B], where in `theirs`, [B], the one of equal rank stands."""
-    import torch
-
-    order, others = (torch.argsort(x.detach(), stable=True) for x in (ours, theirs))
-    partners = torch.empty_like(order)
-    partners[order] = others
-    return partners
-
-
 def _paired(batch: PairBatch, values: Values) -> "torch.Tensor":
     policy = batch.policy_chosen - batch.policy_rejected
     reference = batch.reference_chosen - batch.reference_rejected
-    return values["beta"] * (policy - reference[of_equal_rank(policy, reference)])
+    return values["beta"] * (policy - reference[batch.reference_partners])
 
 
 def aot_loss(batch: PairBatch, values: Values, statistics: Statistics) -> "torch.Tensor":
@@ -49,7 +39,7 @@ def aot_unpaired_loss(batch: PairBatch, values: Values, statistics: Statistics) 
     A pair's loss stands where its chosen reply is.
     """
     chosen, rejected = batch.chosen.log_ratio, batch.rejected.log_ratio
-    margin = values["beta"] * (chosen - rejected[of_equal_rank(chosen, rejected)])
+    margin = values["beta"] * (chosen - rejected[batch.rejected_partners])
     return smoothed(margin, values["label_smoothing"])
 
 
@@ -58,7 +48,7 @@ def aot_unpaired_slopes(batch: PairBatch, values: Values, statistics: Statistics
     import torch
 
     chosen, rejected = batch.chosen.log_ratio, batch.rejected.log_ratio
-    partners = of_equal_rank(chosen, rejected)
+    partners = batch.rejected_partners
     margin = values["beta"] * (chosen - rejected[partners])
     of_chosen = smoothed_slope(margin, values["label_smoothing"])
     of_rejected = torch.empty_like(of_chosen)
