@@ -19,7 +19,7 @@ from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import ReportConfig
 from pipeline.plan.rounds import bases, rounds
 from pipeline.plan.selection import require_selectable
-from pipeline.plan.training import TrainingConfig
+from pipeline.plan.training import TrainingConfig, require_shardable
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
 
@@ -319,6 +319,12 @@ class Plan(_Section):
                         f"'{policy}' is scored as its reference '{name}' is, by vLLM, and only "
                         "the torch engine computes them",
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_can_be_sharded(self) -> "Plan":
+        starts = {objective.start for objective in self.objectives.values()}
+        require_shardable(self.training, {name: self.trained_as(name).dtype for name in starts})
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """What a plan may say of training."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -105,6 +106,11 @@ class TrainingConfig(_Section):
         default=None, ge=1, description="Copies of the model's modules; null: what suits a CPU."
     )
     processes: int = Field(default=1, ge=1, description="Started by torchrun, one a device.")
+    fsdp: bool = Field(
+        default=False,
+        description="Whether the processes share one model, each a part of every layer (torch's "
+        "fully_shard), or each holds all of it.",
+    )
     token_statistics: bool = Field(
         default=False, description="Whether entropy and token accuracy are computed and logged."
     )
@@ -146,12 +152,32 @@ class TrainingConfig(_Section):
             raise fault("evaluate_every", "keep_best and patience need evaluations")
         return self
 
+    @model_validator(mode="after")
+    def _sharded_is_one_copy(self) -> "TrainingConfig":
+        if self.fsdp and self.processes > 1 and self.threads not in (None, 1):
+            raise fault("threads", "with fsdp the processes share one copy of the model")
+        return self
+
+
+def require_shardable(training: TrainingConfig, dtypes: Mapping[str, str]) -> None:
+    """Refuse to shard starts, given with their dtypes, whose loss would be scaled.
+
+    Raises:
+        pydantic_core.PydanticCustomError: names one.
+    """
+    for start, dtype in sorted(dtypes.items()):
+        if training.fsdp and dtype == "float16":
+            raise fault(
+                "training.fsdp",
+                f"the start '{start}' is float16, whose loss scale is one process's; use bfloat16",
+            )
+
 
 _EVALUATION = {"evaluate_every", "evaluation_pairs", "best_metric", "keep_best", "patience"}
 # Whether a reference was corrected shows in its values.
 _NOT_WEIGHTS = {
     *("reference_correction", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"),
-    *("micro_batch_tokens", "threads", "processes", "log_to", "token_statistics"),
+    *("micro_batch_tokens", "threads", "processes", "fsdp", "log_to", "token_statistics"),
     # What they select shows in the values.
     *("where", "weight", "retrain"),
 }

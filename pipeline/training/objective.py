@@ -8,13 +8,14 @@ from typing import Any
 import polars as pl
 
 from pipeline.errors import TrainingError
+from pipeline.locks import locked
 from pipeline.models import Checkpoint
 from pipeline.names import key_of, scored_by, wanted_sequences
 from pipeline.plan import ModelConfig, Plan
 from pipeline.scoring.ledger import ScorerKey, read_logprobs
 from pipeline.scoring.run import score_sequences, scorer_key
 from pipeline.store import Store, read
-from pipeline.training.data.balance import class_balance
+from pipeline.training.data.balance import ClassBalance, class_balance
 from pipeline.training.data.correction import Correction, correct_reference
 from pipeline.training.data.examples import Example, training_examples
 from pipeline.training.data.preferences import Preferences, read_preferences
@@ -40,6 +41,7 @@ class Prepared:
     policy_id: str
     job: Job
     correction: Correction | None
+    balance: ClassBalance | None
     selection: SelectionRecord | None
     settings: Mapping[str, Any]
 
@@ -47,27 +49,44 @@ class Prepared:
 def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     """Train the policy of an objective, find it trained, or keep the one it has.
 
+    Who wants a policy that is being trained waits for it; if that training fails or is killed,
+    goes on with it.
+
     Raises:
         TrainingError: as `prepare` and `train_policy`.
         LogratioError: as `train_in_processes`, if there are to be several.
+        StoreError: the checkpoints' folder cannot be locked.
     """
     prepared = prepare(plan, store, name)
     if isinstance(prepared, PolicyResult):
         return prepared
-    final = store.policies / prepared.policy_id
-    if plan.training.processes > 1 and not final.exists():
-        refuse_adapter(prepared.job)
-        train_in_processes(plan, name, prepared.policy_id, prepared.job.checkpoints)
-        result = load_policy(final, trained=True)
+    refuse_adapter(prepared.job)
+    final, checkpoints = store.policies / prepared.policy_id, prepared.job.checkpoints
+
+    def say() -> None:
+        _log.warning("objective '%s': waiting for another run, which trains its policy", name)
+
+    if final.exists():
+        result = load_policy(final, trained=False)
     else:
-        result = train_prepared(store, prepared)
+        with locked(checkpoints, alone=True, waiting=say):
+            if plan.training.processes > 1 and not final.exists():
+                train_in_processes(plan, name, prepared.policy_id, checkpoints)
+                result = load_policy(final, trained=True)
+            else:
+                result = train_prepared(store, prepared)
     return replace(result, selection=prepared.selection, settings=prepared.settings)
 
 
 def train_prepared(store: Store, prepared: Prepared) -> PolicyResult:
     """Train here, as one process or one of several."""
     return train_policy(
-        store, prepared.policy_id, prepared.job, prepared.correction, prepared.selection
+        store,
+        prepared.policy_id,
+        prepared.job,
+        prepared.correction,
+        prepared.balance,
+        prepared.selection,
     )
 
 
@@ -133,7 +152,7 @@ def prepare(plan: Plan, store: Store, name: str) -> Prepared | PolicyResult:
         tolerance,
         store.policies / ".checkpoints" / identifier,
     )
-    return Prepared(identifier, job, correction, selected.record, settings)
+    return Prepared(identifier, job, correction, balance, selected.record, settings)
 
 
 def _selected(preferences: Preferences, selected: Selected) -> Preferences:

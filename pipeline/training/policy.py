@@ -17,7 +17,7 @@ from pipeline.models import identify, publish_directory
 from pipeline.plan import ObjectiveConfig, TrainingConfig
 from pipeline.scoring.ledger import ScorerKey
 from pipeline.store import Store, checked, file_digest, read_snapshot, write_parquet
-from pipeline.training.data.balance import ClassBalance, class_balance
+from pipeline.training.data.balance import ClassBalance
 from pipeline.training.data.correction import Correction
 from pipeline.training.data.examples import Example, values_digest
 from pipeline.training.data.selection import SelectionRecord
@@ -97,9 +97,10 @@ def train_policy(
     identifier: str,
     job: Job,
     correction: Correction | None,
+    balance: ClassBalance | None,
     selection: SelectionRecord | None = None,
 ) -> PolicyResult:
-    """Train a policy, go on with it, or find it trained.
+    """Train a policy, go on with it, or find it trained; nobody else may do so meanwhile.
 
     The policy's directory appears whole or not at all: its adapter in PEFT form or the whole model
     in Hugging Face form (safetensors), the tokeniser, the training's tables, and `policy.json` with
@@ -118,7 +119,7 @@ def train_policy(
     try:
         trained = train(job, devices)
         if devices.first:
-            _save(store, final, identifier, job, trained, correction, selection)
+            _save(store, final, identifier, job, trained, correction, balance, selection)
             shutil.rmtree(job.checkpoints, ignore_errors=True)
         devices.wait()
     finally:
@@ -146,6 +147,7 @@ def _save(
     job: Job,
     trained: Trained,
     correction: Correction | None,
+    balance: ClassBalance | None,
     selection: SelectionRecord | None,
 ) -> None:
     from safetensors import SafetensorError
@@ -170,7 +172,6 @@ def _save(
             with (temporary / f"{name}.parquet").open("wb") as sink:
                 write_parquet(sink, checked(name, rows, schema), name)
             digests[name] = file_digest(temporary / f"{name}.parquet")
-        balance = class_balance(job.examples, job.objective.values)
         record = {
             "policy_id": identifier,
             "objective": {"name": job.name, **job.objective.model_dump()},

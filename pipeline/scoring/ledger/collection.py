@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import StoreError
 from pipeline.failpoints import reach
+from pipeline.locks import locked
 from pipeline.scoring.ledger.commits import TABLES, read_part, scorer_directories
 from pipeline.scoring.ledger.differences import DIFFERENCES
 from pipeline.scoring.ledger.manifests import (
@@ -21,7 +22,6 @@ from pipeline.scoring.ledger.manifests import (
     FOLDER,
     Manifest,
     in_force,
-    locked,
     number_aside,
     present,
 )

@@ -9,6 +9,7 @@ import polars as pl
 
 from pipeline.errors import StoreError
 from pipeline.failpoints import reach
+from pipeline.locks import locked
 from pipeline.models import ModelIdentity
 from pipeline.scoring.engines.base import Numerics
 from pipeline.scoring.ledger.manifests import (
@@ -17,7 +18,6 @@ from pipeline.scoring.ledger.manifests import (
     Part,
     commit_manifest,
     in_force,
-    locked,
     present,
     set_aside,
 )

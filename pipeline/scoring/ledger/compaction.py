@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.failpoints import reach
+from pipeline.locks import locked
 from pipeline.scoring.ledger.commits import (
     TABLES,
     commit_parts,
     merged,
     read_commits,
 )
-from pipeline.scoring.ledger.manifests import Manifest, commit_manifest, in_force, locked, present
+from pipeline.scoring.ledger.manifests import Manifest, commit_manifest, in_force, present
 
 ROWS = 1 << 15
 """Of a merged commit, about: its token log-probs are some 50 MB, and are in memory at once."""

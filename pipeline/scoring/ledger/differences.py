@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, fields
 
 import polars as pl
 
+from pipeline.locks import locked
 from pipeline.scoring.engines.base import Numerics
 from pipeline.scoring.ledger.commits import ScorerKey, read_logprobs
-from pipeline.scoring.ledger.manifests import FOLDER, locked, present
+from pipeline.scoring.ledger.manifests import FOLDER, present
 from pipeline.store import commit_numbered
 
 DIFFERENCES = "differences"

@@ -7,12 +7,11 @@ damaged, it is again. A number is never given out twice: what is set aside keeps
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,32 +165,6 @@ def _last_aside(directory: Path) -> int:
     aside = directory / ASIDE
     numbers = [number_aside(path) or 0 for path in aside.iterdir()] if aside.exists() else []
     return max(numbers, default=0)
-
-
-@contextlib.contextmanager
-def locked(directory: Path, *, alone: bool = False) -> Iterator[None]:
-    """Hold a scorer's lock: commits side by side, the collection of garbage alone.
-
-    A part is nobody's until its manifest is there, so nothing may be collected meanwhile. The
-    system gives the lock back when its holder ends, however it ends.
-
-    Raises:
-        StoreError: the file system cannot lock, or cannot be written.
-    """
-    path = directory / "lock"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be locked: {error.strerror}") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def is_file(path: Path) -> bool:

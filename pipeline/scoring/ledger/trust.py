@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
+from pipeline.locks import locked
 from pipeline.scoring.ledger.commits import ScorerKey
-from pipeline.scoring.ledger.manifests import locked
 from pipeline.store import commit_numbered
 
 

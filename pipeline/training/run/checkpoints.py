@@ -18,6 +18,7 @@ from pipeline.errors import TrainingError
 from pipeline.failpoints import reach
 from pipeline.models import publish_directory
 from pipeline.store import file_digest
+from pipeline.training.run.sharding import gathered, put
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +61,12 @@ def save_checkpoint(
     parameters: "Mapping[str, torch.nn.Parameter]",
     optimiser: "torch.optim.Optimizer",
     keep: int,
+    *,
+    first: bool = True,
 ) -> None:
     """Write `folder/step-<n>`, and drop all but the last `keep` and the best one.
+
+    The first of several processes writes; the others give it their shards, if the model has them.
 
     Raises:
         TrainingError: it cannot be written; names the step, and the last one is intact.
@@ -70,23 +75,24 @@ def save_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    moments = {
+        f"{key}:{name}": value
+        for name, p in parameters.items()
+        for key, value in optimiser.state[p].items()
+    }
+    tensors = {
+        "trained.safetensors": gathered(parameters, first),
+        "optimiser.safetensors": gathered(moments, first),
+    }
     final = folder / _name(standing.step)
-    if final.exists():
+    if not first or final.exists():
         return
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         temporary.mkdir(parents=True)
         reach("checkpoint.begun")
-        save_file(
-            {name: p.detach().contiguous() for name, p in parameters.items()},
-            temporary / "trained.safetensors",
-        )
-        moments = {
-            f"{key}:{name}": value.detach().contiguous()
-            for name, p in parameters.items()
-            for key, value in optimiser.state[p].items()
-        }
-        save_file(moments, temporary / "optimiser.safetensors")
+        for name, of_file in tensors.items():
+            save_file(of_file, temporary / name)
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
@@ -134,8 +140,12 @@ def load_checkpoint(
         for key, value in moments.items():
             which, _, name = key.partition(":")
             parameter = parameters[name]
-            # AdamW counts its steps on the CPU, unless it is fused.
-            on = value if which == "step" and not _fused(optimiser) else value.to(parameter.device)
+            if which == "step":
+                # AdamW counts its steps on the CPU, unless it is fused.
+                on = value.to(parameter.device) if _fused(optimiser) else value
+            else:
+                on = torch.zeros_like(parameter)
+                put(on, value)
             optimiser.state[parameter][which] = on
         random = load_file(directory / "random.safetensors")
         torch.set_rng_state(random["cpu"])
@@ -165,7 +175,7 @@ def load_weights(folder: Path, step: int, parameters: "Mapping[str, torch.nn.Par
     weights = load_file(directory / "trained.safetensors")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            put(parameter, weights[name])
 
 
 def _name(step: int) -> str:

@@ -1,17 +1,19 @@
 """The devices training runs on, by accelerate: one, or one for each process of torchrun.
 
-Every process holds the whole model and computes every n-th example of a step; gradients are added
-before the update, so that all make the same one.
+Every process computes every n-th example of a step. It holds the whole model, and gradients are
+added before the update, so that all make the same one; or its share of a model that is sharded.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import TrainingError
 from pipeline.plan import TrainingConfig
+from pipeline.scoring.engines.forward import Within
 from pipeline.scoring.engines.torch_engine import torch_device
+from pipeline.training.run.sharding import shard, whole
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +26,7 @@ class Devices:
     """This process's device, and what it says to the others.
 
     Args:
-        config: `log_to`.
+        config: `log_to`, `fsdp`.
         dtype: what matrices are multiplied in on a GPU; a CPU has float32.
         name: what an experiment tracker calls the run.
         logs: where one that writes files puts them.
@@ -57,6 +59,8 @@ class Devices:
             project_config=ProjectConfiguration(logging_dir=str(logs)),
         )
         self.device: torch.device = self._accelerator.device
+        self._half = None if precision == "no" else dtype
+        self.shards = config.fsdp and self.n_processes > 1
         self._logs = bool(config.log_to)
         if self._logs:
             try:
@@ -107,8 +111,11 @@ class Devices:
             raise TrainingError(f"the processes do not agree on {what} ({listed})")
 
     def sum_gradients(self, parameters: "Iterable[torch.nn.Parameter]") -> None:
-        """Add up all processes' gradients; those without any take part with zeros."""
-        if self.n_processes == 1:
+        """Add up all processes' gradients; those without any take part with zeros.
+
+        A sharded model's are added as they are made.
+        """
+        if self.n_processes == 1 or self.shards:
             return
         import torch
 
@@ -117,8 +124,28 @@ class Devices:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
 
+    def shard(self, model: Any) -> Within | None:
+        """Share a model among the processes; None where each is to hold all of it.
+
+        Raises:
+            TrainingError: see `sharding.shard`.
+        """
+        if not self.shards:
+            return None
+        import torch
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh(self.device.type, (self.n_processes,))
+        return shard(model, mesh, None if self._half is None else getattr(torch, self._half))
+
     def autocast(self) -> AbstractContextManager[Any]:
-        """Half precision inside the block, where it was asked for."""
+        """Half precision inside the block, where it was asked for.
+
+        A sharded model's weights are gathered in it: autocast's own copies of them would be whole
+        until the way back.
+        """
+        if self.shards:
+            return nullcontext()
         context: AbstractContextManager[Any] = self._accelerator.autocast()
         return context
 
@@ -138,7 +165,7 @@ class Devices:
 
     def clip(self, parameters: "list[torch.nn.Parameter]", most: float) -> float:
         """Bound the gradients' norm; returns what it was. Undoes the loss scale."""
-        return float(self._accelerator.clip_grad_norm_(parameters, most))
+        return float(whole(self._accelerator.clip_grad_norm_(parameters, most)))
 
     def scale_state(self) -> dict[str, Any]:
         """The loss scale's state, as JSON has it."""

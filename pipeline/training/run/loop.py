@@ -27,6 +27,7 @@ from pipeline.training.run.gate import FirstStep, compare_first_step
 from pipeline.training.run.model import require_vocabulary, trainable_model
 from pipeline.training.run.numbers import means_of
 from pipeline.training.run.replicas import Replicas
+from pipeline.training.run.sharding import gathered, local
 from pipeline.training.run.step import Report, Work, run_step
 from schemas import TrainingEvaluation, TrainingStep, polars_schema
 
@@ -90,9 +91,12 @@ def train(job: Job, devices: Devices) -> Trained:
     schedule = step_ids({i: example.n_tokens for i, example in by_id.items()}, config)
     require_vocabulary(job.start, max(_largest_id(e) for e in (*job.examples, *job.held_out)))
     torch.set_float32_matmul_precision("highest")
-    model = trainable_model(job.start, job.numerics, config, devices.device)
+    # A model that is sharded need not fit on a device.
+    place = torch.device("cpu") if devices.shards else devices.device
+    model = trainable_model(job.start, job.numerics, config, place)
     with ExitStack() as stack:
-        replicas = stack.enter_context(Replicas(model, config.threads))
+        within = devices.shard(model)
+        replicas = stack.enter_context(Replicas(model, config.threads, within))
         run = Run(job, devices, replicas, len(schedule))
         standing = run.resumed()
         examples = sum(len(batch) for batch in schedule)
@@ -108,8 +112,8 @@ def train(job: Job, devices: Devices) -> Trained:
             batch = [by_id[i] for i in schedule[standing.step]]
             loss = run.step(batch, report)
             bar.bar.set_description_str(f"train {job.name} loss {loss:.4f}", refresh=False)
-        run.finish()
-    return run.trained()
+        trained = run.finish()
+    return run.trained(trained)
 
 
 class Run:
@@ -220,15 +224,33 @@ class Run:
         assert metrics["loss"] is not None
         return metrics["loss"]
 
-    def finish(self) -> None:
-        """Keep the best evaluated weights, where the plan asks for them."""
+    def finish(self) -> Any:
+        """The trained model; with the best evaluated weights, where the plan asks for them.
+
+        A sharded one is whole again in the first process, on the CPU; the others have None.
+        """
         self._require_finite_weights()
         best = self._standing.best
         if self._job.config.keep_best and best is not None and best[0] != self._standing.step:
             load_weights(self._job.checkpoints, best[0], self._named)
+        return self._whole_model() if self._replicas.sharded else self._replicas.model
 
-    def trained(self) -> Trained:
-        """What there is."""
+    def _whole_model(self) -> Any:
+        import torch
+
+        weights = gathered(self._named, self._devices.first)
+        if not self._devices.first:
+            return None
+        job = self._job
+        model = trainable_model(job.start, job.numerics, job.config, torch.device("cpu"))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in weights:
+                    parameter.copy_(weights[name])
+        return model
+
+    def trained(self, model: Any) -> Trained:
+        """The tables, with the model that `finish` gave."""
         standing, config = self._standing, self._job.config
         steps, evaluations = (
             pl.DataFrame(
@@ -242,9 +264,7 @@ class Run:
         )
         assert standing.first_step is not None
         kept = standing.best[0] if config.keep_best and standing.best else standing.step
-        return Trained(
-            steps, evaluations, FirstStep(**standing.first_step), self._replicas.model, kept
-        )
+        return Trained(steps, evaluations, FirstStep(**standing.first_step), model, kept)
 
     @property
     def _most_tokens(self) -> int:
@@ -293,22 +313,22 @@ class Run:
     def _require_finite_weights(self) -> None:
         """What an update made infinite is neither a checkpoint nor a policy."""
         for name, parameter in self._named.items():
-            if not parameter.isfinite().all():
+            if not local(parameter).isfinite().all():
                 raise TrainingError(
                     f"step {self._standing.step}: its update left {name} not finite"
                 )
 
     def _save(self) -> None:
         self._require_finite_weights()
-        if self._devices.first:
-            self._standing.scale = self._devices.scale_state()
-            save_checkpoint(
-                self._job.checkpoints,
-                self._standing,
-                self._named,
-                self._optimiser,
-                self._job.config.keep_checkpoints,
-            )
+        self._standing.scale = self._devices.scale_state()
+        save_checkpoint(
+            self._job.checkpoints,
+            self._standing,
+            self._named,
+            self._optimiser,
+            self._job.config.keep_checkpoints,
+            first=self._devices.first,
+        )
         self._devices.wait()
 
 

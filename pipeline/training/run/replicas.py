@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.scoring.engines.forward import Forward
+from pipeline.scoring.engines.forward import Forward, Within
 
 if TYPE_CHECKING:
     import torch
 
+_P = TypeVar("_P")
 _T = TypeVar("_T")
 
 _MOST = 4
@@ -29,16 +30,21 @@ class Replicas:
         model: a model of transformers, or a PEFT model over one, in evaluation mode.
         n: threads; None for as many as pay: one where not the same bits come out whatever else is
             in a batch, or on a device that is not a CPU.
+        within: what a pass over a sharded model is made within, of which there is one; None for a
+            model that is whole.
     """
 
-    def __init__(self, model: Any, n: int | None = None) -> None:
+    def __init__(self, model: Any, n: int | None = None, within: Within | None = None) -> None:
         import torch
 
         self.model = model
-        forward = Forward(model)
+        self.sharded = within is not None
+        forward = Forward(model, within)
         self._n_cores = torch.get_num_threads()
         on_cpu = model.device.type == "cpu"
-        if n is None:
+        if self.sharded:
+            n = 1
+        elif n is None:
             n = min(self._n_cores, _MOST) if on_cpu and forward.sharing.exact else 1
         self.forwards = [forward, *(forward.over(_twin(model)) for _ in range(n - 1))]
         self._parameters = [
@@ -57,9 +63,7 @@ class Replicas:
         sharing = self.forwards[0].sharing
         return sharing.shared and (sharing.exact or self.model.device.type != "cpu")
 
-    def each(
-        self, work: Callable[[Forward, list[int]], _T], parts: Sequence[list[int]]
-    ) -> list[_T]:
+    def each(self, work: Callable[[Forward, _P], _T], parts: Sequence[_P]) -> list[_T]:
         """`work` on every part; part i on copy i modulo their number, in order."""
         import torch
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import TrainingError
@@ -115,24 +116,28 @@ def run_step(
         statistics |= known
         rows = [found[i] for i in work.mine]
 
-    def compute(forward: Forward, part: list[int]) -> list[Numbers]:
-        examples = [mine[i] for i in part]
+    def compute(forward: Forward, part: Part) -> list[Numbers]:
+        examples = [mine[i] for i in part.members]
         sides, told = _scored(
             replicas, forward, [example.group for example in examples], token_statistics
         )
+        counted: list[torch.Tensor] = []
         if rows:
-            losses = [rows[i].loss for i in part]
+            losses = [rows[i].loss for i in part.members]
             # Its gradient is the slopes'; its value means nothing.
-            slopes = [slope for i in part for slope in rows[i].slopes]
-            flat = torch.stack([side for sides_of in sides for side in sides_of])
-            share = (flat * flat.new_tensor(slopes)).sum()
+            slopes = [slope for i in part.members for slope in rows[i].slopes]
+            counted = [side for sides_of in sides for side in sides_of]
         else:
-            terms = losses_of(spec, values, statistics, examples, sides)
-            losses = [term.item() for term in terms]
-            share = (torch.stack(terms) * terms[0].new_tensor([shares[i] for i in part])).sum()
+            counted = losses_of(spec, values, statistics, examples, sides)
+            losses = [term.item() for term in counted]
+            slopes = [shares[i] for i in part.members]
+        # Beside what counts for nothing, so that there is one way back for all.
+        counted += [forward.idle() for _ in range(part.n_idle)]
+        slopes += [1.0] * part.n_idle
         if train:
+            share = (torch.stack(counted) * counted[0].new_tensor(slopes)).sum()
             torch.autograd.backward(scale(share))
-        report(len(part), sum(example.n_tokens for example in examples))
+        report(len(examples), sum(example.n_tokens for example in examples))
         return [
             numbers_of(objective, example, loss, [side.detach() for side in sides_of])
             | token_numbers(example, extras)
@@ -140,10 +145,23 @@ def run_step(
         ]
 
     with torch.set_grad_enabled(train):
-        done = step.parted(compute)
+        done = step.parted(compute, [example.group for example in mine])
     if train:
         replicas.gather_gradients()
     return StepResult(gather(done), statistics)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes through the model at once.
+
+    Attributes:
+        members: numbers of examples (or of other groups); none where others have more parts.
+        n_idle: passes beside theirs, while processes that share one model make theirs.
+    """
+
+    members: list[int]
+    n_idle: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,32 +175,48 @@ class _Step:
     gather: Callable[[list[Any]], list[Any]]
 
     def parted(
-        self, compute: Callable[[Forward, list[int]], list[T]], groups: Sequence[Group] = ()
+        self, compute: Callable[[Forward, Part], list[T]], groups: Sequence[Group]
     ) -> list[T]:
-        """`compute` on parts of the examples (or of other groups); results in their order."""
-        groups = groups or [example.group for example in self.mine]
+        """`compute` on parts of the groups; results in the groups' order."""
         if self.replicas.packs_examples:
             costs = [_unique_tokens(group) for group in groups]
             parts = divide(costs, self.most_tokens, len(self.replicas.forwards))
         else:
             parts = [[i] for i in range(len(groups))]
+        padded = self._padded(parts, groups)
         found: dict[int, T] = {}
-        for part, results in zip(parts, self.replicas.each(compute, parts), strict=True):
-            found |= dict(zip(part, results, strict=True))
+        for part, results in zip(padded, self.replicas.each(compute, padded), strict=True):
+            found |= dict(zip(part.members, results, strict=True))
         return [found[i] for i in range(len(groups))]
+
+    def _padded(self, parts: list[list[int]], groups: Sequence[Group]) -> list[Part]:
+        """The parts, with as many passes as the process with most has, if they share a model."""
+        if not self.replicas.sharded:
+            return [Part(members) for members in parts]
+        forward = self.replicas.forwards[0]
+        own = [
+            sum(forward.n_passes(one) for one in _passes(self.replicas, [groups[i] for i in part]))
+            for part in parts
+        ]
+        most = [max(counts) for counts in zip_longest(*self.gather([own]), fillvalue=0)]
+        return [
+            Part(members or [], n - (has or 0)) for members, has, n in zip_longest(parts, own, most)
+        ]
 
     def without_gradient(self, groups: Sequence[Group]) -> list[list[float]]:
         """Log-probs of the groups' sequences, nats."""
         import torch
 
-        def compute(forward: Forward, part: list[int]) -> list[list[float]]:
-            members = [groups[i] for i in part]
+        def compute(forward: Forward, part: Part) -> list[list[float]]:
+            members = [groups[i] for i in part.members]
             found, _ = _scored(self.replicas, forward, members)
+            for _ in range(part.n_idle):
+                forward.idle()
             self.report(0, sum(group.n_tokens for group in members))
             return [[row.item() for row in rows] for rows in found]
 
         with torch.no_grad():
-            return self.parted(compute, groups) if groups else []
+            return self.parted(compute, groups)
 
 
 def _kl(step: _Step, number: int | None, spec: LossSpec) -> float:
@@ -227,7 +261,8 @@ def _look_ahead(
     leaves = [side.requires_grad_() for sides_of in sides for side in sides_of]
     with torch.enable_grad():
         losses = losses_of(spec, values, known, work.examples, sides)
-        whole = (torch.stack(losses) * torch.tensor(shares_of(work.examples)).double()).sum()
+        shares = torch.tensor(shares_of(work.examples), dtype=torch.float64)
+        whole = (torch.stack(losses) * shares).sum()
     slopes = iter(torch.autograd.grad(whole, leaves, allow_unused=True, materialize_grads=True))
     return known, [
         Row(loss.item(), tuple(next(slopes).item() for _ in sides_of))
@@ -244,29 +279,36 @@ def _scored(
 ) -> "tuple[list[list[torch.Tensor]], list[list[Mapping[str, torch.Tensor]]]]":
     """Sequence log-probs by group and completion, and what else is known of their tokens.
 
-    The log-probs are float64 scalars of exactly the ledger's values. Where it matters to the bits
-    what goes through the model together, that is what the engine puts together: the same shapes
-    give the same bits at step 0.
+    The log-probs are float64 scalars of exactly the ledger's values.
     """
     extras = TOKEN_STATISTICS if token_statistics else ()
-    if replicas.packs_examples:
-        scores = forward.scores(groups, extras)
-    else:
-        scores = []
-        for group in groups:
-            one_pass = len({c.pass_id or c.sequence_id for c in group.completions}) == 1
-            passes = [group.completions] if one_pass else [(c,) for c in group.completions]
-            scores.append(
-                [
-                    row
-                    for members in passes
-                    for row in forward.scores([Group(group.prompt_ids, members)], extras)[0]
-                ]
-            )
+    flat = iter(
+        row
+        for together in _passes(replicas, groups)
+        for of_group in forward.scores(together, extras)
+        for row in of_group
+    )
+    scores = [[next(flat) for _ in group.completions] for group in groups]
     return (
         [[_total(row.logprobs) for row in rows] for rows in scores],
         [[row.extras for row in rows] for rows in scores],
     )
+
+
+def _passes(replicas: Replicas, groups: Sequence[Group]) -> list[list[Group]]:
+    """What of a part is asked of the model together.
+
+    Where it matters to the bits, that is what the engine puts together: the same shapes give the
+    same bits at step 0.
+    """
+    if replicas.packs_examples:
+        return [list(groups)] if groups else []
+    passes = []
+    for group in groups:
+        one_pass = len({c.pass_id or c.sequence_id for c in group.completions}) == 1
+        together = [group.completions] if one_pass else [(c,) for c in group.completions]
+        passes += [[Group(group.prompt_ids, members)] for members in together]
+    return passes
 
 
 def _total(row: "torch.Tensor") -> "torch.Tensor":

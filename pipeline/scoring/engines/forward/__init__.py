@@ -1,6 +1,6 @@
 """The forward pass that scoring and training share, so that step 0 can be exactly 0."""
 
 from pipeline.scoring.engines.forward.attention import recomputing
-from pipeline.scoring.engines.forward.model import Forward
+from pipeline.scoring.engines.forward.model import Forward, Within
 
-__all__ = ["Forward", "recomputing"]
+__all__ = ["Forward", "Within", "recomputing"]

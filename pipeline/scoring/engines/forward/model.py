@@ -7,7 +7,8 @@ rounding does, or one of them fails, the model goes the plain way and the reason
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,13 @@ import numpy as np
 from pipeline.scoring.engines.base import Completion, Group, Sharing
 from pipeline.scoring.engines.forward.attention import (
     IMPLEMENTATIONS,
+    Layout,
     NotShared,
     attending,
     layout_of,
     register,
 )
-from pipeline.scoring.engines.forward.head import Head, TargetScores, head_of, target_scores
+from pipeline.scoring.engines.forward.head import TargetScores, head_of, target_scores
 from pipeline.scoring.engines.forward.plain import token_scores
 from pipeline.scoring.engines.forward.tree import grow
 
@@ -37,6 +39,9 @@ _HALF_TOLERANCE = 0.1
 """Nats per token in half precision, the mean: a single token may be off by more."""
 _log = logging.getLogger(__name__)
 
+Within = Callable[[Callable[[], Any]], Any]
+"""Calls what it is given while a sharded model's weights are all there; returns what it returns."""
+
 
 class Forward:
     """A model with the way found for it.
@@ -44,16 +49,17 @@ class Forward:
     Args:
         model: a causal language model of transformers, or a PEFT model over one, in evaluation mode
             and loaded with the attention it is to have (`sdpa` or `eager`).
+        within: what a pass that is not a call of the model is made in; None for nothing.
     """
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: "PreTrainedModel", within: Within | None = None) -> None:
         self.model = model
+        self._within = within
         self._inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._attention: str = self._inner.config._attn_implementation
         # A model that another `Forward` has left with one of ours.
         plain = {ours: name for name, ours in IMPLEMENTATIONS.items()}
         self._plain_attention = plain.get(self._attention, self._attention)
-        self._head: Head | None = None
         self._longest = _longest_shared(self._inner.config.get_text_config())
         self.sharing = self._find_out()
         if not self.sharing.shared:
@@ -65,7 +71,6 @@ class Forward:
         other = copy.copy(self)
         other.model = model
         other._inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        other._head = head_of(other._inner)
         return other
 
     def logprobs(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
@@ -80,13 +85,25 @@ class Forward:
         self, groups: Sequence[Group], extras: Sequence[str] = ()
     ) -> list[list[TargetScores]]:
         """The same with `extras`, some of `head.EXTRAS`, which have no gradient."""
-        if self.sharing.shared and (
-            self._longest is None or _longest_sequence(groups) <= self._longest
-        ):
+        if self._shares(groups):
             self._set_attention(IMPLEMENTATIONS[self._plain_attention])
             return self._tree(groups, extras)
         self._set_attention(self._plain_attention)
         return self._plain(groups, extras)
+
+    def n_passes(self, groups: Sequence[Group]) -> int:
+        """How often `scores` goes through the model for these."""
+        return 1 if self._shares(groups) else sum(len(group.completions) for group in groups)
+
+    def idle(self) -> "torch.Tensor":
+        """A pass that counts for nothing: a scalar 0, with gradients of 0."""
+        scores = self.scores([_IDLE])
+        return scores[0][0].logprobs.sum() * 0.0
+
+    def _shares(self, groups: Sequence[Group]) -> bool:
+        return self.sharing.shared and (
+            self._longest is None or _longest_sequence(groups) <= self._longest
+        )
 
     def padded(self, groups: Sequence[Group]) -> "list[list[torch.Tensor]]":
         """`logprobs` in one plain pass over padded rows, each with its own copy of the prompt."""
@@ -133,7 +150,38 @@ class Forward:
             torch.from_numpy(np.pad(x, (0, missing)))[None].to(device)
             for x in (tree.ids, tree.positions)
         )
-        with attending(layout_of(tree, device)):
+        # A token is predicted from the one before it on its path.
+        before = [
+            places[len(prompt) - 1 + c.scored]
+            for places, (prompt, c) in zip(tree.places, rows, strict=True)
+        ]
+        targets = np.concatenate([c.ids[c.scored] for _, c in rows]).astype(np.int64)
+        go = partial(
+            self._pass,
+            layout_of(tree, device),
+            ids,
+            positions,
+            torch.from_numpy(np.concatenate(before)).to(device),
+            torch.from_numpy(targets).to(device),
+            extras,
+        )
+        scores = TargetScores(*(go() if self._within is None else self._within(go)))
+        flat = iter(scores.split([len(places) for places in before]))
+        return [[next(flat) for _ in group.completions] for group in groups]
+
+    def _pass(
+        self,
+        layout: Layout,
+        ids: "torch.Tensor",
+        positions: "torch.Tensor",
+        before: "torch.Tensor",
+        targets: "torch.Tensor",
+        extras: Sequence[str],
+    ) -> "tuple[torch.Tensor, dict[str, torch.Tensor]]":
+        """A `TargetScores`' fields, of targets [n] after the row's tokens at `before` [n]."""
+        import torch
+
+        with attending(layout):
             # A mask of ones says that the row is one: else transformers reads the positions as
             # those of several sequences, packed.
             hidden = self._inner.base_model(
@@ -142,21 +190,10 @@ class Forward:
                 attention_mask=torch.ones_like(ids),
                 use_cache=False,
             ).last_hidden_state[0]
-        # A token is predicted from the one before it on its path.
-        before = [
-            places[len(prompt) - 1 + c.scored]
-            for places, (prompt, c) in zip(tree.places, rows, strict=True)
-        ]
-        targets = np.concatenate([c.ids[c.scored] for _, c in rows]).astype(np.int64)
-        assert self._head is not None
-        scores = target_scores(
-            hidden[torch.from_numpy(np.concatenate(before)).to(device)],
-            torch.from_numpy(targets).to(device),
-            self._head,
-            extras,
-        )
-        flat = iter(scores.split([len(places) for places in before]))
-        return [[next(flat) for _ in group.completions] for group in groups]
+        head = head_of(self._inner)  # a sharded one is another tensor outside a pass
+        assert head is not None
+        scores = target_scores(hidden[before], targets, head, extras)
+        return scores.logprobs.clone(), scores.extras  # on a view, FSDP's hooks may be lost
 
     def _find_out(self) -> Sharing:
         """Try both ways; the plain one is left with an attention that does what the config says."""
@@ -180,8 +217,7 @@ class Forward:
                     # Soft-capped scores are lost in sdpa.
                     _log.warning("%s is run with eager attention: sdpa computes otherwise", name)
                     self._plain_attention = "eager"
-            self._head = head_of(inner)
-            if self._head is None:
+            if head_of(inner) is None:
                 return Sharing(False, "its output layer is not a plain linear one")
             self._set_attention(IMPLEMENTATIONS[self._plain_attention])
             try:
@@ -215,6 +251,9 @@ class Forward:
         if self._attention != attention:
             self._inner.set_attn_implementation(attention)
             self._attention = attention
+
+
+_IDLE = Group(np.zeros(1, np.int32), (Completion("idle", np.zeros(1, np.int32), ((0, 1),)),))
 
 
 def _sample(vocabulary: int) -> list[Group]:
