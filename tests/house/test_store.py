@@ -15,12 +15,12 @@ import pytest
 from blake3 import blake3
 from stored import files, logprobs
 
-from pipeline import store as store_module
 from pipeline.errors import StoreError
 from pipeline.store import (
     Store,
     commit_numbered,
     current_snapshot,
+    move_pointer,
     publish,
     publish_file,
     read,
@@ -180,7 +180,7 @@ def test_a_valid_file_of_another_table_is_refused(store: Store) -> None:
     path.write_bytes(good)
     # Under its own name, with the pointer moved to it: the name inside the file betrays it.
     moved = Path(shutil.copy(other, path.parent))
-    store_module.move_pointer(store.current("logprobs"), moved)
+    move_pointer(store.current("logprobs"), moved)
     with pytest.raises(StoreError, match="is a 'quarantine' table, not 'logprobs'"):
         read(store, "logprobs")
 
@@ -191,7 +191,7 @@ def test_a_plain_parquet_file_is_no_table(store: Store, tmp_path: Path) -> None:
     path = store.directory / "logprobs" / f"{blake3(data).hexdigest()}.parquet"
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
-    store_module.move_pointer(store.current("logprobs"), path)
+    move_pointer(store.current("logprobs"), path)
     with pytest.raises(StoreError, match="not 'logprobs'"):
         read(store, "logprobs")
 

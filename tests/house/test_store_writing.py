@@ -12,9 +12,16 @@ import pytest
 from stored import files, logprobs
 from support import largest_file
 
-from pipeline import store as store_module
 from pipeline.errors import StoreError
-from pipeline.store import Store, commit, commit_numbered, current_snapshot, publish, read
+from pipeline.store import (
+    Store,
+    commit,
+    commit_numbered,
+    current_snapshot,
+    publish,
+    published,
+    read,
+)
 from schemas import LogProb
 
 
@@ -26,7 +33,7 @@ def test_the_pointer_moves_last(store: Store, monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, "move_pointer", crash)
+        patched.setattr(published, "move_pointer", crash)
         with pytest.raises(KeyboardInterrupt):
             publish(store, "logprobs", logprobs(first=-9.0), LogProb)
     assert read(store, "logprobs").equals(logprobs())

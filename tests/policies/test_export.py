@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import KILLED, begin, ended
 from peft import PeftModel
 from safetensors.torch import load_file
 from scoring.oracle import change_json
@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from assets.cli import main
 from pipeline.errors import ModelError, PlanError, StoreError
+from pipeline.export import directory, merged
 from pipeline.export.directory import export_policy
 from pipeline.export.merged import MERGE_VERSION, merged_policy
-from pipeline.names import key_of, policy_of
+from pipeline.names import key_of, policy_of, store_of
+from pipeline.plan import load_plan
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import train
 from pipeline.store import Store
@@ -227,28 +229,20 @@ def test_a_damaged_policy_is_not_exported(
     assert not (tmp_path / "out").exists()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from pipeline.export import directory, merged
-from pipeline.names import store_of
-from pipeline.plan import load_plan
+def killed_export(path: Path, target: Path, where: str) -> None:
+    """Export, and be killed on the way."""
 
-path, target, where = sys.argv[1:]
-module, name = (merged, "_save") if where == "weights" else (merged, "publish_directory")
-if where == "copy":
-    module = directory
-real = getattr(module, name)
+    def dies(*arguments: Any) -> None:
+        if where == "weights":
+            real(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def dies(*arguments):
-    if where == "weights":
-        real(*arguments)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-setattr(module, name, dies)
-plan = load_plan(Path(path))
-directory.export_policy(plan, store_of(plan), "dpo", Path(target))
-"""
+    module = directory if where == "copy" else merged
+    name = "_save" if where == "weights" else "publish_directory"
+    real = getattr(module, name)
+    setattr(module, name, dies)
+    plan = load_plan(path)
+    export_policy(plan, store_of(plan), "dpo", target)
 
 
 @pytest.mark.parametrize("where", ["weights", "publish", "copy"])
@@ -259,16 +253,10 @@ def test_a_killed_export_leaves_nothing_to_be_seen(
     plan, store = prepared(path)
     trained = train(plan, store, "dpo")
     target = tmp_path / "exports" / "mine"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), str(target), where],
-        capture_output=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == -9, done.stderr
-    merged = f"{trained.policy_id}-merged-{MERGE_VERSION}"
+    assert ended(begin(killed_export, path, target, where)) == KILLED
+    now_merged = f"{trained.policy_id}-merged-{MERGE_VERSION}"
     visible = {path.name for path in store.policies.glob("[!.]*")}
-    assert visible == {trained.policy_id} | ({merged} if where == "copy" else set())
+    assert visible == {trained.policy_id} | ({now_merged} if where == "copy" else set())
     assert list(store.policies.glob(".*.tmp")) or where == "copy", "it was on its way"
     assert not target.exists()
     assert not list(target.parent.glob("[!.]*"))

@@ -1,54 +1,38 @@
 """Killed in the middle of scoring and started again: the published numbers are the same."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.names import store_of
-from pipeline.plan import load_plan
-from pipeline.store import current_snapshot
+from forks import KILLED, begin, ended
 
-STAGES = """
-import json, sys
-from pathlib import Path
 from pipeline import stages
 from pipeline.intake import run_intake
 from pipeline.names import store_of
 from pipeline.plan import load_plan
+from pipeline.store import current_snapshot
 
-plan = load_plan(Path(sys.argv[1]), sys.argv[2:])
-store = store_of(plan)
-run_intake(plan, store)
-stages.tokenize(plan, store)
-scored = {"base": stages.score(plan, store, "base").n_scored}
-stages.train(plan, store, "dpo")
-scored["dpo"] = stages.score(plan, store, "dpo").n_scored
-stages.compute_rewards(plan, store, "dpo")
-stages.write_report(plan, store, "dpo")
-print(json.dumps(scored))
-"""
 TABLES = ["pairs", "sequences", "training_steps/dpo", "rewards/dpo"]
 
 
-def start(plan: Path, store: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", STAGES, str(plan), f"store={store}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+def whole_plan(path: Path, root: Path) -> None:
+    """From the source to the report; a note says how many sequences were scored of each."""
+    plan = load_plan(path, [f"store={root}"])
+    store = store_of(plan)
+    run_intake(plan, store)
+    stages.tokenize(plan, store)
+    scored = {"base": stages.score(plan, store, "base").n_scored}
+    stages.train(plan, store, "dpo")
+    scored["dpo"] = stages.score(plan, store, "dpo").n_scored
+    stages.compute_rewards(plan, store, "dpo")
+    stages.write_report(plan, store, "dpo")
+    (root / "scored.json").write_text(json.dumps(scored))
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, int]:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
-    scored: dict[str, int] = json.loads(said)
+def finished(path: Path, root: Path) -> dict[str, int]:
+    assert ended(begin(whole_plan, path, root)) == 0
+    scored: dict[str, int] = json.loads((root / "scored.json").read_text())
     return scored
 
 
@@ -66,21 +50,21 @@ def test_sigkill_in_the_middle_of_scoring(
     )
     write_pairs(120)  # the plan's own file, now long enough to be caught in the middle
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert finish(start(plan, undisturbed)) == {"base": 240, "dpo": 240}
+    assert finished(plan, undisturbed) == {"base": 240, "dpo": 240}
 
-    process = start(plan, killed)
+    process = begin(whole_plan, plan, killed)
     deadline = time.monotonic() + 120
     while len(list(killed.glob("ledger/*/*/manifest/*.json"))) < 5:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    assert ended(process) == KILLED
     committed = len(list(killed.glob("ledger/*/*/manifest/*.json")))
     assert 5 <= committed < 30, "killed in the middle: 30 parts are the whole"
 
-    assert finish(start(plan, killed)) == {"base": 240 - 8 * committed, "dpo": 240}
+    assert finished(plan, killed) == {"base": 240 - 8 * committed, "dpo": 240}
     assert published(plan, killed) == published(plan, undisturbed)
     other = tmp_path / "control"
-    assert finish(start(write_plan(training={"max_steps": 3}), other))["base"] == 24
+    assert finished(write_plan(training={"max_steps": 3}), other)["base"] == 24
     assert published(plan, other) != published(plan, undisturbed)

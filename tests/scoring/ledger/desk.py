@@ -1,23 +1,13 @@
-"""What the ledger's tests share: a fake scorer, sequences, and processes that are cheap to kill.
+"""What the ledger's tests share: a fake scorer and sequences."""
 
-A process is forked from a server that has imported everything, so hundreds of them are affordable.
-"""
-
-import multiprocessing
-import os
-import sys
-from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import pytest
 from support import FAKE_NUMERICS, FakeEngine
 
-from pipeline import failpoints
 from pipeline.models import Checkpoint, ModelIdentity
 from pipeline.plan import Extra, ModelConfig, ScoringConfig
 from pipeline.scoring.engines.base import Group, TokenScores
@@ -123,34 +113,3 @@ def made_sequences(n_prompts: int, seed: int = 0) -> pl.DataFrame:
                 }
             )
     return pl.DataFrame(table, schema=polars_schema(SequenceTable)).sort("sequence_id")
-
-
-_context = multiprocessing.get_context("forkserver")
-
-
-def _server() -> None:
-    """Start the server from which processes are forked; it finds modules as this process does."""
-    _context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-
-
-def begin(work: Callable[..., None], *arguments: object, fail: str = "") -> ForkServerProcess:
-    """Begin some work in a process of its own; `fail` as `LOGRATIO_FAIL`."""
-    _server()
-    process = _context.Process(target=_work, args=(work, arguments, fail))
-    process.start()
-    return process
-
-
-def ended(process: ForkServerProcess) -> int:
-    """Wait for it: 0, or minus the number of the signal that killed it."""
-    process.join(120)
-    assert process.exitcode is not None, "it hangs"
-    return process.exitcode
-
-
-def _work(work: Callable[..., None], arguments: tuple[Any, ...], fail: str) -> None:
-    failpoints.arm(fail)
-    work(*arguments)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from forks import begin, ended
 
 from pipeline.errors import StoreError
 from pipeline.scoring.ledger import collect, compact, scorers, verify_ledger
 from pipeline.scoring.ledger.manifests import in_force, present
-from scoring.ledger.desk import begin, ended, everything, fake_key, held, made_sequences, put, score
+from scoring.ledger.desk import everything, fake_key, held, made_sequences, put, score
 
 
 def files(root: Path) -> list[str]:

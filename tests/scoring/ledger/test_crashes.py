@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from forks import KILLED, begin, ended
 from support import FakeEngine, measured
 
 from pipeline import failpoints
@@ -19,11 +20,10 @@ from pipeline.scoring.ledger import collect, compact, read_logprobs, scorers, ve
 from pipeline.scoring.ledger.manifests import present
 from pipeline.store import Store, publish, read
 from schemas import LogProb, Scorer
-from scoring.ledger.desk import begin, ended, everything, fake_key, made_sequences, score
+from scoring.ledger.desk import everything, fake_key, made_sequences, score
 
 SEQUENCES, COMMIT_ROWS = made_sequences(8), 4
 """Sixteen, in four commits."""
-KILLED = -9
 
 
 def work(root: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from forks import begin, ended
 from support import FakeEngine
 
 from pipeline import failpoints
@@ -34,8 +35,6 @@ from scoring.ledger.desk import (
     PROVENANCE,
     A,
     FakeEngineWithExtras,
-    begin,
-    ended,
     everything,
     fake_key,
     made_sequences,

@@ -2,8 +2,8 @@
 
 import os
 import shutil
-import subprocess
-import sys
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipeline.plan import Plan, load_plan
 from pipeline.stages import train
 from pipeline.store import Store, file_digest
 from pipeline.training.policy import PolicyResult
+from pipeline.training.run import loop
 
 STEPS = {
     "epochs": 4,
@@ -77,39 +78,15 @@ def any_file(path: Path) -> bool:
     return path.is_file() or any(file.is_file() for file in path.rglob("*"))
 
 
-_KILLED = """
-import os, signal, sys, threading
-from pathlib import Path
-from pipeline import stages
-from pipeline.names import store_of
-from pipeline.plan import load_plan
-from pipeline.training.run import loop
+def train_until_killed(path: Path, root: Path, delay: float) -> None:
+    """Train; killed so many seconds after the first step began, if not 0."""
+    plan, step = load_plan(path, [f"store={root}"]), loop.Run.step
+    clock = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
 
-plan, delay, step = load_plan(Path(sys.argv[1]), sys.argv[3:]), float(sys.argv[2]), loop.Run.step
-clock = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+    def step_until_killed(run: loop.Run, *arguments: Any) -> float:
+        if delay and not clock.is_alive():
+            clock.start()
+        return step(run, *arguments)
 
-def step_until_killed(*arguments):
-    if delay and not clock.is_alive():
-        clock.start()
-    return step(*arguments)
-
-loop.Run.step = step_until_killed
-stages.train(plan, store_of(plan), "dpo")
-"""
-
-
-def begin(path: Path, store: Store, delay: float = 0, fail: str = "") -> "subprocess.Popen[str]":
-    """Train in a process of its own, killed so long after its first step began, or at a point."""
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "LOGRATIO_FAIL": fail}
-    return subprocess.Popen(
-        [sys.executable, "-c", _KILLED, str(path), str(delay), f"store={store.root}"],
-        env={**os.environ, **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process: "subprocess.Popen[str]") -> int:
-    _, said = process.communicate(timeout=300)
-    assert process.returncode in (0, -9), said
-    return process.returncode
+    loop.Run.step = step_until_killed  # type: ignore[method-assign]
+    train(plan, store_of(plan), "dpo")

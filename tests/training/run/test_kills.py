@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import KILLED, begin, ended
 from safetensors.torch import load_file
 from support import measured
 
@@ -25,15 +26,12 @@ from training.run.runs import (
     LORA,
     STEPS,
     Desk,
-    begin,
     checkpoints,
-    ended,
     left_over,
     require_same,
+    train_until_killed,
     weights_of,
 )
-
-KILLED = -9
 
 
 def stand_of(store: Store) -> int | None:
@@ -69,7 +67,7 @@ def killed_at_random(write_plan: Any, tmp_path: Path, n: int, seed: int) -> None
         for crash in range(i, n, len(KINDS)):
             plan, store = desk.copy()
             delay = generator.uniform(0, 1) * whole
-            assert ended(begin(desk.path, store, delay)) == KILLED
+            assert ended(begin(train_until_killed, desk.path, store.root, delay)) == KILLED
             stands.append(stand_of(store))
             said = f"{kind}: seed {seed}, crash {crash}, after step {stands[-1]}"
             require_same(train(plan, store, "dpo"), undisturbed, said)
@@ -91,7 +89,8 @@ def test_killed_at_twenty_random_moments(write_plan: Any, tmp_path: Path) -> Non
 def killed_at(desk: Desk, fault: str, stand: int | None) -> None:
     undisturbed = desk.trained()
     plan, store = desk.copy()
-    assert ended(begin(desk.path, store, fail=fault)) == KILLED, f"{fault} was not come to"
+    process = begin(train_until_killed, desk.path, store.root, 0.0, fail=fault)
+    assert ended(process) == KILLED, f"{fault} was not come to"
     assert stand_of(store) == stand
     require_same(train(plan, store, "dpo"), undisturbed, fault)
     assert left_over(store) == [], fault
