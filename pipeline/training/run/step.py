@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +11,7 @@ from pipeline.losses import LossSpec
 from pipeline.plan import ObjectiveConfig
 from pipeline.scoring.engines.base import Group, sequence_sum
 from pipeline.scoring.engines.forward import Forward
+from pipeline.scoring.engines.forward.head import TargetScores, joined
 from pipeline.training.data.examples import Example
 from pipeline.training.run.numbers import (
     TOKEN_STATISTICS,
@@ -73,6 +75,7 @@ def run_step(
     *,
     gather: Callable[[list[Any]], list[Any]] = list,
     scale: Callable[["torch.Tensor"], "torch.Tensor"] = lambda loss: loss,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     token_statistics: bool = False,
     train: bool = True,
 ) -> StepResult:
@@ -90,6 +93,7 @@ def run_step(
         report: told of every part.
         gather: this process's numbers to those of all, in the order of processes.
         scale: what the loss is multiplied by before its gradient is taken (float16).
+        autocast: what the model's forward pass runs in (half precision); the way back does not.
         token_statistics: whether entropy and token accuracy are computed too, which costs a pass
             over the logits.
         train: whether gradients are wanted.
@@ -103,7 +107,7 @@ def run_step(
     mine = [work.examples[i] for i in work.mine]
     shares_of_all = shares_of(work.examples)
     shares = [shares_of_all[i] for i in work.mine]
-    step = _Step(replicas, mine, most_tokens, report, gather)
+    step = _Step(replicas, mine, most_tokens, report, gather, autocast)
     statistics: dict[str, float] = {}
     if spec.needs_kl and train:
         statistics["kl"] = _kl(step, work.number, spec)
@@ -117,8 +121,8 @@ def run_step(
 
     def compute(forward: Forward, part: list[int]) -> list[Numbers]:
         examples = [mine[i] for i in part]
-        sides, told = _scored(
-            replicas, forward, [example.group for example in examples], token_statistics
+        sides, told = step.scored(
+            forward, [example.group for example in examples], token_statistics
         )
         if rows:
             losses = [rows[i].loss for i in part]
@@ -131,7 +135,7 @@ def run_step(
             losses = [term.item() for term in terms]
             share = (torch.stack(terms) * terms[0].new_tensor([shares[i] for i in part])).sum()
         if train:
-            torch.autograd.backward(scale(share))
+            torch.autograd.backward(scale(share.to(replicas.model.device)))
         report(len(part), sum(example.n_tokens for example in examples))
         return [
             numbers_of(objective, example, loss, [side.detach() for side in sides_of])
@@ -155,6 +159,7 @@ class _Step:
     most_tokens: int
     report: Report
     gather: Callable[[list[Any]], list[Any]]
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     def parted(
         self, compute: Callable[[Forward, list[int]], list[T]], groups: Sequence[Group] = ()
@@ -177,12 +182,51 @@ class _Step:
 
         def compute(forward: Forward, part: list[int]) -> list[list[float]]:
             members = [groups[i] for i in part]
-            found, _ = _scored(self.replicas, forward, members)
+            found, _ = self.scored(forward, members)
             self.report(0, sum(group.n_tokens for group in members))
             return [[row.item() for row in rows] for rows in found]
 
         with torch.no_grad():
             return self.parted(compute, groups) if groups else []
+
+    def scored(
+        self, forward: Forward, groups: Sequence[Group], token_statistics: bool = False
+    ) -> "tuple[list[list[torch.Tensor]], list[list[Mapping[str, torch.Tensor]]]]":
+        """Sequence log-probs by group and completion, and what else is known of their tokens.
+
+        The log-probs are float64 scalars of exactly the ledger's values. They are on the CPU, as
+        is all that follows, for every number read from a GPU would be waited for.
+        """
+        extras = TOKEN_STATISTICS if token_statistics else ()
+        with self.autocast():
+            scores = _on_cpu(self._scores(forward, groups, extras))
+        return (
+            [[_total(row.logprobs) for row in rows] for rows in scores],
+            [[row.extras for row in rows] for rows in scores],
+        )
+
+    def _scores(
+        self, forward: Forward, groups: Sequence[Group], extras: Sequence[str]
+    ) -> list[list[TargetScores]]:
+        """Log-probs of the groups' tokens.
+
+        Where it matters to the bits what goes through the model together, that is what the engine
+        puts together: the same shapes give the same bits at step 0.
+        """
+        if self.replicas.packs_examples:
+            return forward.scores(groups, extras)
+        scores = []
+        for group in groups:
+            one_pass = len({c.pass_id or c.sequence_id for c in group.completions}) == 1
+            passes = [group.completions] if one_pass else [(c,) for c in group.completions]
+            scores.append(
+                [
+                    row
+                    for members in passes
+                    for row in forward.scores([Group(group.prompt_ids, members)], extras)[0]
+                ]
+            )
+        return scores
 
 
 def _kl(step: _Step, number: int | None, spec: LossSpec) -> float:
@@ -239,37 +283,16 @@ def _unique_tokens(group: Group) -> int:
     return len(group.prompt_ids) + sum(len(reply.ids) for reply in group.completions)
 
 
-def _scored(
-    replicas: Replicas, forward: Forward, groups: Sequence[Group], token_statistics: bool = False
-) -> "tuple[list[list[torch.Tensor]], list[list[Mapping[str, torch.Tensor]]]]":
-    """Sequence log-probs by group and completion, and what else is known of their tokens.
-
-    The log-probs are float64 scalars of exactly the ledger's values. Where it matters to the bits
-    what goes through the model together, that is what the engine puts together: the same shapes
-    give the same bits at step 0.
-    """
-    extras = TOKEN_STATISTICS if token_statistics else ()
-    if replicas.packs_examples:
-        scores = forward.scores(groups, extras)
-    else:
-        scores = []
-        for group in groups:
-            one_pass = len({c.pass_id or c.sequence_id for c in group.completions}) == 1
-            passes = [group.completions] if one_pass else [(c,) for c in group.completions]
-            scores.append(
-                [
-                    row
-                    for members in passes
-                    for row in forward.scores([Group(group.prompt_ids, members)], extras)[0]
-                ]
-            )
-    return (
-        [[_total(row.logprobs) for row in rows] for rows in scores],
-        [[row.extras for row in rows] for rows in scores],
-    )
+def _on_cpu(scores: list[list[TargetScores]]) -> list[list[TargetScores]]:
+    """The same, differentiable as before, copied from a GPU in one piece."""
+    rows = [row for of_group in scores for row in of_group]
+    if rows[0].logprobs.device.type == "cpu":
+        return scores
+    moved = iter(joined(rows).to("cpu").split([len(row.logprobs) for row in rows]))
+    return [[next(moved) for _ in of_group] for of_group in scores]
 
 
 def _total(row: "torch.Tensor") -> "torch.Tensor":
     total = row.double().sum()
-    exact = sequence_sum(row.detach().cpu().numpy())
+    exact = sequence_sum(row.detach().numpy())
     return total + (exact - total.detach())  # torch adds in another order
