@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import duckdb
-
 from pipeline.intake import IntakeResult, run_intake
 from pipeline.plan import Plan
 from pipeline.sources import READERS
@@ -70,6 +68,8 @@ class Desk:
 
     def ask(self, query: str) -> list[tuple[Any, ...]]:
         """The published tables, by an engine that is not ours."""
+        import duckdb
+
         with duckdb.connect() as connection:
             for name in ("rows", "pairs", "quarantine"):
                 file = str(self.store.current(name)).replace("'", "''")

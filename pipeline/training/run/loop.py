@@ -169,17 +169,17 @@ class Run:
             self._evaluate()
         mine = self._devices.mine(len(batch))
         work = Work(batch, number, mine, standing.statistics)
-        with self._devices.autocast():
-            result = run_step(
-                self._replicas,
-                work,
-                job.objective,
-                self._most_tokens,
-                report,
-                gather=self._devices.gather,
-                scale=self._devices.scale,
-                token_statistics=config.token_statistics,
-            )
+        result = run_step(
+            self._replicas,
+            work,
+            job.objective,
+            self._most_tokens,
+            report,
+            gather=self._devices.gather,
+            scale=self._devices.scale,
+            autocast=self._devices.autocast,
+            token_statistics=config.token_statistics,
+        )
         others = [example for i, example in enumerate(batch) if i not in mine]
         report(len(others), sum(example.n_tokens for example in others))
         seen = self._devices.in_order(result.seen, len(batch))
@@ -279,17 +279,17 @@ class Run:
         if job.objective.spec.needs_kl and not standing.statistics:
             return  # no reference point was measured yet
         work = Work(job.held_out, None, self._devices.mine(len(job.held_out)), standing.statistics)
-        with self._devices.autocast():
-            result = run_step(
-                self._replicas,
-                work,
-                job.objective,
-                self._most_tokens,
-                lambda rows, tokens: None,
-                gather=self._devices.gather,
-                token_statistics=config.token_statistics,
-                train=False,
-            )
+        result = run_step(
+            self._replicas,
+            work,
+            job.objective,
+            self._most_tokens,
+            lambda rows, tokens: None,
+            gather=self._devices.gather,
+            autocast=self._devices.autocast,
+            token_statistics=config.token_statistics,
+            train=False,
+        )
         seen = self._devices.in_order(result.seen, len(job.held_out))
         row = {
             "step": standing.step,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ from pipeline.losses import LossSpec
 from pipeline.plan import ObjectiveConfig
 from pipeline.scoring.engines.base import Group, sequence_sum
 from pipeline.scoring.engines.forward import Forward
+from pipeline.scoring.engines.forward.head import TargetScores, joined
 from pipeline.training.data.examples import Example
 from pipeline.training.run.numbers import (
     TOKEN_STATISTICS,
@@ -74,6 +76,7 @@ def run_step(
     *,
     gather: Callable[[list[Any]], list[Any]] = list,
     scale: Callable[["torch.Tensor"], "torch.Tensor"] = lambda loss: loss,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     token_statistics: bool = False,
     train: bool = True,
 ) -> StepResult:
@@ -91,6 +94,7 @@ def run_step(
         report: told of every part.
         gather: this process's numbers to those of all, in the order of processes.
         scale: what the loss is multiplied by before its gradient is taken (float16).
+        autocast: what the model's forward pass runs in (half precision); the way back does not.
         token_statistics: whether entropy and token accuracy are computed too, which costs a pass
             over the logits.
         train: whether gradients are wanted.
@@ -104,7 +108,7 @@ def run_step(
     mine = [work.examples[i] for i in work.mine]
     shares_of_all = shares_of(work.examples)
     shares = [shares_of_all[i] for i in work.mine]
-    step = _Step(replicas, mine, most_tokens, report, gather)
+    step = _Step(replicas, mine, most_tokens, report, gather, autocast)
     statistics: dict[str, float] = {}
     if spec.needs_kl and train:
         statistics["kl"] = _kl(step, work.number, spec)
@@ -118,8 +122,8 @@ def run_step(
 
     def compute(forward: Forward, part: Part) -> list[Numbers]:
         examples = [mine[i] for i in part.members]
-        sides, told = _scored(
-            replicas, forward, [example.group for example in examples], token_statistics
+        sides, told = step.scored(
+            forward, [example.group for example in examples], token_statistics
         )
         counted: list[torch.Tensor] = []
         if rows:
@@ -132,11 +136,11 @@ def run_step(
             losses = [term.item() for term in counted]
             slopes = [shares[i] for i in part.members]
         # Beside what counts for nothing, so that there is one way back for all.
-        counted += [forward.idle() for _ in range(part.n_idle)]
+        counted += [step.idle(forward) for _ in range(part.n_idle)]
         slopes += [1.0] * part.n_idle
         if train:
             share = (torch.stack(counted) * counted[0].new_tensor(slopes)).sum()
-            torch.autograd.backward(scale(share))
+            torch.autograd.backward(scale(share.to(replicas.model.device)))
         report(len(examples), sum(example.n_tokens for example in examples))
         return [
             numbers_of(objective, example, loss, [side.detach() for side in sides_of])
@@ -173,6 +177,7 @@ class _Step:
     most_tokens: int
     report: Report
     gather: Callable[[list[Any]], list[Any]]
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     def parted(
         self, compute: Callable[[Forward, Part], list[T]], groups: Sequence[Group]
@@ -209,14 +214,42 @@ class _Step:
 
         def compute(forward: Forward, part: Part) -> list[list[float]]:
             members = [groups[i] for i in part.members]
-            found, _ = _scored(self.replicas, forward, members)
+            found, _ = self.scored(forward, members)
             for _ in range(part.n_idle):
-                forward.idle()
+                self.idle(forward)
             self.report(0, sum(group.n_tokens for group in members))
             return [[row.item() for row in rows] for rows in found]
 
         with torch.no_grad():
             return self.parted(compute, groups)
+
+    def scored(
+        self, forward: Forward, groups: Sequence[Group], token_statistics: bool = False
+    ) -> "tuple[list[list[torch.Tensor]], list[list[Mapping[str, torch.Tensor]]]]":
+        """Sequence log-probs by group and completion, and what else is known of their tokens.
+
+        The log-probs are float64 scalars of exactly the ledger's values. They are on the CPU, as
+        is all that follows, for every number read from a GPU would be waited for.
+        """
+        extras = TOKEN_STATISTICS if token_statistics else ()
+        with self.autocast():
+            found = [
+                row
+                for together in _passes(self.replicas, groups)
+                for of_group in forward.scores(together, extras)
+                for row in of_group
+            ]
+            flat = iter(_on_cpu(found))
+        scores = [[next(flat) for _ in group.completions] for group in groups]
+        return (
+            [[_total(row.logprobs) for row in rows] for rows in scores],
+            [[row.extras for row in rows] for rows in scores],
+        )
+
+    def idle(self, forward: Forward) -> "torch.Tensor":
+        """`Forward.idle` as `scored` would give it."""
+        with self.autocast():
+            return forward.idle().double().to("cpu")
 
 
 def _kl(step: _Step, number: int | None, spec: LossSpec) -> float:
@@ -274,25 +307,11 @@ def _unique_tokens(group: Group) -> int:
     return len(group.prompt_ids) + sum(len(reply.ids) for reply in group.completions)
 
 
-def _scored(
-    replicas: Replicas, forward: Forward, groups: Sequence[Group], token_statistics: bool = False
-) -> "tuple[list[list[torch.Tensor]], list[list[Mapping[str, torch.Tensor]]]]":
-    """Sequence log-probs by group and completion, and what else is known of their tokens.
-
-    The log-probs are float64 scalars of exactly the ledger's values.
-    """
-    extras = TOKEN_STATISTICS if token_statistics else ()
-    flat = iter(
-        row
-        for together in _passes(replicas, groups)
-        for of_group in forward.scores(together, extras)
-        for row in of_group
-    )
-    scores = [[next(flat) for _ in group.completions] for group in groups]
-    return (
-        [[_total(row.logprobs) for row in rows] for rows in scores],
-        [[row.extras for row in rows] for rows in scores],
-    )
+def _on_cpu(scores: list[TargetScores]) -> list[TargetScores]:
+    """The same, differentiable as before, copied from a GPU in one piece."""
+    if not scores or scores[0].logprobs.device.type == "cpu":
+        return scores
+    return joined(scores).to("cpu").split([len(row.logprobs) for row in scores])
 
 
 def _passes(replicas: Replicas, groups: Sequence[Group]) -> list[list[Group]]:
@@ -313,5 +332,5 @@ def _passes(replicas: Replicas, groups: Sequence[Group]) -> list[list[Group]]:
 
 def _total(row: "torch.Tensor") -> "torch.Tensor":
     total = row.double().sum()
-    exact = sequence_sum(row.detach().cpu().numpy())
+    exact = sequence_sum(row.detach().numpy())
     return total + (exact - total.detach())  # torch adds in another order

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import KILLED, begin, ended
 
 from pipeline.plan import Plan
 from pipeline.stages import train
 from pipeline.store import Store
 from pipeline.training import objective, policy
-from training.run.runs import FULL, Desk, begin, checkpoints, ended, left_over, require_same
+from training.run.runs import (
+    FULL,
+    Desk,
+    checkpoints,
+    left_over,
+    require_same,
+    train_until_killed,
+)
 
 
 class TrainedTwice(Exception):
@@ -36,10 +44,10 @@ def desk(write_plan: Any, tmp_path: Path) -> Desk:
 def begun(desk: Desk, delay: float = 0) -> tuple[Any, Plan, Store]:
     """A training in a process of its own, after its first checkpoint."""
     plan, store = desk.copy()
-    process = begin(desk.path, store, delay)
+    process = begin(train_until_killed, desk.path, store.root, delay)
     deadline = time.monotonic() + 120
     while not checkpoints(store):
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), process.exitcode
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return process, plan, store
@@ -54,7 +62,7 @@ def test_the_second_waits_and_finds_it(
         control.setattr(objective, "locked", unlocked)
         with pytest.raises(TrainedTwice):
             train(plan, store, "dpo")
-    assert process.poll() is None
+    assert process.is_alive()
     with caplog.at_level(logging.WARNING):
         result = train(plan, store, "dpo")
     assert "objective 'dpo': waiting for another run, which trains its policy" in caplog.messages
@@ -67,7 +75,7 @@ def test_the_second_goes_on_when_the_first_is_killed(desk: Desk) -> None:
     undisturbed = desk.trained()
     process, plan, store = begun(desk, delay=0.5)
     result = train(plan, store, "dpo")
-    assert ended(process) == -9
+    assert ended(process) == KILLED
     assert result.trained
     require_same(result, undisturbed)
     assert left_over(store) == []

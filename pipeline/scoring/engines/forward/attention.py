@@ -58,11 +58,13 @@ class Layout:
             them each of its tiles sees.
         tiles: of all runs, in the order of the flat row, which they cover.
         longest: positions of the longest path, up to its last tile's end.
+        rows: the fewest queries of a matrix product.
     """
 
     paths: "tuple[tuple[torch.Tensor, tuple[int, ...]], ...]"
     tiles: tuple[_Tile, ...]
     longest: int
+    rows: int
 
 
 _layout: ContextVar[Layout] = ContextVar("layout")
@@ -73,8 +75,8 @@ def layout_of(tree: Tree, device: "torch.device") -> Layout:
     import torch
 
     # Tiles make numbers independent of the batch, which only a CPU's matrix products keep.
-    tile = TILE if device.type == "cpu" else 1 << 30
-    tiles, paths = [], []
+    tile, rows = (TILE, ROWS) if device.type == "cpu" else (1 << 30, 1)
+    tiles, paths, all_ends = [], [], []
     for run in tree.runs:
         length = len(run.path)
         ends = []
@@ -83,9 +85,12 @@ def layout_of(tree: Tree, device: "torch.device") -> Layout:
             ends.append(min(begin + tile, _up(length)))
             tiles.append(_Tile(last - first, slice(first, last), ends[-1]))
         # Keys beyond the path's end are some token's, and masked.
-        path = np.pad(run.path, (0, ends[-1] - length))
-        paths.append((torch.from_numpy(path).to(device), tuple(ends)))
-    return Layout(tuple(paths), tuple(tiles), max(tile.end for tile in tiles))
+        paths.append(np.pad(run.path, (0, ends[-1] - length)))
+        all_ends.append(tuple(ends))
+    flat = torch.from_numpy(np.concatenate(paths)).to(device)
+    moved = torch.split(flat, [len(path) for path in paths])
+    longest = max(tile.end for tile in tiles)
+    return Layout(tuple(zip(moved, all_ends, strict=True)), tuple(tiles), longest, rows)
 
 
 @contextmanager
@@ -177,7 +182,7 @@ def _attend(
         layout.tiles, torch.split(query[0], counts, 1), keys, values, strict=False
     ):
         mask = seen[tile.seen, : tile.end]
-        if missing := -tile.n % ROWS:
+        if missing := -tile.n % layout.rows:
             rows = torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], dim=1)
             mask = torch.cat([mask, mask[-1:].expand(missing, -1)])
         attended = attend(rows, of_keys, of_values, mask, scaling, softcap)
@@ -237,6 +242,11 @@ def _tile_fused(
     """Queries [H, n, D] over keys and values [G, m, D]: [H, n, D]."""
     from torch.nn.functional import scaled_dot_product_attention
 
+    shared = rows.shape[0] // keys.shape[0]
+    if shared > 1 and rows.device.type != "cpu":
+        # CUDA's fused kernels take a mask or keys that heads share, and not both: with both, all
+        # scores would be written out.
+        keys, values = (x.repeat_interleave(shared, 0) for x in (keys, values))
     return scaled_dot_product_attention(
         rows[None],
         keys[None],

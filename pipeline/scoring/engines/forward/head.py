@@ -56,6 +56,11 @@ class TargetScores:
     logprobs: "torch.Tensor"
     extras: "dict[str, torch.Tensor]"
 
+    def to(self, device: str) -> "TargetScores":
+        """On another device; the gradient goes back over it."""
+        extras = {name: x.to(device) for name, x in self.extras.items()}
+        return TargetScores(self.logprobs.to(device), extras)
+
     def split(self, sizes: list[int]) -> "list[TargetScores]":
         """Its rows in runs of these sizes."""
         import torch
@@ -65,6 +70,14 @@ class TargetScores:
             TargetScores(logprobs, {name: runs[i] for name, runs in cut.items()})
             for i, logprobs in enumerate(torch.split(self.logprobs, sizes))
         ]
+
+
+def joined(rows: Sequence[TargetScores]) -> TargetScores:
+    """One after another; all have the same extras."""
+    import torch
+
+    extras = {name: torch.cat([row.extras[name] for row in rows]) for name in rows[0].extras}
+    return TargetScores(torch.cat([row.logprobs for row in rows]), extras)
 
 
 def target_logprobs(
