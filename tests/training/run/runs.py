@@ -69,13 +69,14 @@ def checkpoints(store: Store) -> list[Path]:
 
 
 def left_over(store: Store) -> list[str]:
-    """What is in the policies' folder beside policies."""
+    """What is in the policies' folder beside policies, and locks of what is not trained."""
     inside = store.policies.rglob(".*")
     return sorted(str(path.relative_to(store.policies)) for path in inside if any_file(path))
 
 
 def any_file(path: Path) -> bool:
-    return path.is_file() or any(file.is_file() for file in path.rglob("*"))
+    inside = [path, *path.rglob("*")]
+    return any(file.is_file() and file.name != "lock" for file in inside)
 
 
 def train_until_killed(path: Path, root: Path, delay: float) -> None:
