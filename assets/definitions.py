@@ -19,6 +19,9 @@ from pipeline.plan import Plan, load_plan
 PLANS_VARIABLE = "LOGRATIO_PLANS"
 PROJECT = Path(__file__).resolve().parent.parent
 
+_STEPS_IMPORT = ("assets.definitions", "pipeline.intake", "pipeline.stages")
+"""Imported once for all steps of a run. torch is not: a step says first how many cores it takes."""
+
 
 def plan_files() -> list[Path]:
     """The plan files this code location serves."""
@@ -73,6 +76,7 @@ def job(plan: Plan, assets: list[dg.AssetsDefinition]) -> Any:
             {
                 "max_concurrent": plan.model_steps + 1,
                 "tag_concurrency_limits": [{"key": MODEL_TAG, "limit": plan.model_steps}],
+                "start_method": {"forkserver": {"preload_modules": list(_STEPS_IMPORT)}},
             }
         ),
     )

@@ -41,8 +41,13 @@ def ended(process: ForkServerProcess) -> int:
     return process.exitcode
 
 
-def serve() -> None:
-    """Start the server from which processes are forked; it finds modules as this process does."""
+def serve(anew: bool = False) -> None:
+    """Start the server from which processes are forked; it finds modules as this process does.
+
+    What they print goes where this process's output went when the server started; hence `anew`.
+    """
+    if anew:
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
     CONTEXT.set_forkserver_preload(list(IMPORTED))
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))

@@ -13,6 +13,7 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
+from forks import serve
 from support import PROJECT, build_tiny_model
 
 from assets.cli import main
@@ -329,6 +330,7 @@ def test_the_command_line_runs_a_plan_in_processes_and_says_what_it_did(
     """The real multiprocess executor and a real instance, which then knows the run."""
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     path = write_plan()
+    serve(anew=True)  # steps are forked from it
     assert main(["run", str(path)]) == 0
     first = capfd.readouterr()
     assert first.out.startswith("plan 'tiny': about 12 pairs; ")
