@@ -7,7 +7,8 @@ against vLLM without, on one engine. All get the same token ids, in float32. A p
 first tells TRL's best settings, with a reference model of its own and with its default. Then every
 scorer goes over all pairs, in turns, each in a process that waits while the others work; the torch
 engine also with all cores on one tree after another, instead of each on its own. Ratios are of runs
-in one turn. Distances are to transformers in float64, per sequence.
+in one turn. On a GPU the memory is the GPU's, of tensors. Distances are to transformers in float64,
+per sequence.
 
 Nothing else should run meanwhile.
 """
@@ -25,6 +26,7 @@ from typing import Any
 
 import polars as pl
 
+from benchmarks.devices import device_name, hide_gpus
 from benchmarks.gpu_check.processes import Elsewhere, elsewhere
 from benchmarks.scoring.work import (
     Pair,
@@ -65,23 +67,33 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64, help="the first usable ones of the file")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--scan-pairs", type=int, default=12, help="to find TRL's best settings")
-    parser.add_argument("--trl-batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument(
+        "--trl-batches", type=int, nargs="+", help="default: 1 2 4, on a GPU 4 16 64"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: no GPU")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--block-size", type=int, default=32, help="tokens of vLLM's cache blocks")
     parser.add_argument("--without", nargs="*", default=[], choices=("trl", "vllm", "float64"))
     options = parser.parse_args()
+    options.there = hide_gpus() if options.device == "cpu" else {}
+    device = elsewhere(options.there, device_name)
+    options.on_cpu = device == "cpu"
+    options.trl_batches = options.trl_batches or ([1, 2, 4] if options.on_cpu else [4, 16, 64])
     checkpoint, pairs, groups = prepare(options)
     report: dict[str, Any] = {
         "model": options.model,
         "file": str((options.hh or options.pairs_file).name),
         "n_pairs": len(pairs),
         "n_tokens": sum(pair.n_tokens for pair in pairs),
+        "device": device,
+        "dtype": options.dtype,
         "cores": len(os.sched_getaffinity(0)),
     }
     with ExitStack() as stack:
         runs = _race(options, checkpoint, pairs, groups, report, stack)
     exact: Sums = {}
     if "float64" not in options.without:
-        exact = elsewhere({}, float64_sums, checkpoint, groups)
+        exact = elsewhere(options.there, float64_sums, checkpoint, groups)
     report["scorers"] = {
         name: _figures(timings, report["n_tokens"], exact) for name, timings in runs.items()
     }
@@ -141,25 +153,27 @@ def _race(
     entries: dict[str, tuple[Elsewhere, tuple[Any, ...]]] = {}
 
     def process() -> Elsewhere:
-        started = stack.enter_context(Elsewhere({"TOKENIZERS_PARALLELISM": "false"}))
+        environment = {"TOKENIZERS_PARALLELISM": "false", **options.there}
+        started = stack.enter_context(Elsewhere(environment))
         started.call(quiet)
         return started
 
-    config = ModelConfig(checkpoint=options.model, engine="torch")
+    config = ModelConfig(checkpoint=options.model, engine="torch", dtype=options.dtype)
     torch = process()
     report["sharing"] = torch.call(open_ours, config, checkpoint, groups)
     n_cores = report["cores"]
-    entries["torch"] = torch, (groups, {"_n_threads": n_cores})
-    entries[_TOGETHER] = torch, (groups, {"_n_threads": 1})  # one tree after another
+    entries["torch"] = torch, (groups, {"_n_threads": n_cores} if options.on_cpu else {})
+    if options.on_cpu:
+        entries[_TOGETHER] = torch, (groups, {"_n_threads": 1})  # one tree after another
     if "trl" not in options.without:
         trl = process()
-        trl.call(open_trl, checkpoint)
+        trl.call(open_trl, checkpoint, options.dtype)
         best = _best_settings(options, trl, pairs, report)
         entries |= {name: (trl, (pairs, best[name])) for name in _TRL}
     if "vllm" not in options.without:
         vllm = process()
         settings = VllmConfig(block_size=options.block_size)
-        config = ModelConfig(checkpoint=options.model, engine="vllm", vllm=settings)
+        config = config.model_copy(update={"engine": "vllm", "vllm": settings})
         vllm.call(open_ours, config, checkpoint, groups)
         entries |= {
             name: (vllm, (groups, {"_reuse": reuse}))
@@ -171,7 +185,7 @@ def _race(
     for turn in range(options.turns):
         for name, (where, arguments) in entries.items():
             runs[name].append(where.call(timed, *arguments))
-            sys.stderr.write(f"turn {turn + 1}: {name}: {runs[name][-1].seconds:.1f} s\n")
+            sys.stderr.write(f"turn {turn + 1}: {name}: {runs[name][-1].seconds:.2f} s\n")
     return runs
 
 
@@ -190,7 +204,7 @@ def _best_settings(
         for sort, batch in product((True, False), options.trl_batches):
             setting = TrlSetting(separate, sort, batch)
             scanned[setting] = seconds[str(setting)] = trl.call(timed, some, setting).seconds
-            sys.stderr.write(f"trl scan: {setting}: {scanned[setting]:.1f} s\n")
+            sys.stderr.write(f"trl scan: {setting}: {scanned[setting]:.2f} s\n")
         best[name] = min(scanned, key=lambda setting: scanned[setting])
     report["trl settings"] = {name: str(setting) for name, setting in best.items()}
     return best
@@ -200,7 +214,7 @@ def _figures(timings: list[Timed], n_tokens: int, exact: Sums) -> dict[str, Any]
     seconds = [timing.seconds for timing in timings]
     far = [abs(timings[0].sums[i] - value) for i, value in exact.items()]
     return {
-        "seconds": [round(s, 2) for s in seconds],
+        "seconds": [round(s, 3) for s in seconds],
         "tokens_per_second": round(n_tokens / median(seconds), 1),
         "largest_distance_to_float64": max(far, default=None),
         "peak_mib": round(max(timing.peak_mib for timing in timings)),
@@ -216,13 +230,13 @@ def _shown(report: dict[str, Any]) -> str:
     """For people: a line per scorer and per ratio."""
     lines = [
         f"{report['file']}: {report['n_pairs']} pairs, {report['n_tokens']:,} tokens with every "
-        f"prompt counted twice; {report['cores']} cores",
+        f"prompt counted twice; {report['dtype']} on {report['device']}, {report['cores']} cores",
         f"{'':22} {'median s':>9} {'tokens/s':>9} {'to float64':>11} {'peak MiB':>9}",
     ]
     for name, figures in report["scorers"].items():
         far = figures["largest_distance_to_float64"]
         lines.append(
-            f"{name:22} {median(figures['seconds']):9.1f} {figures['tokens_per_second']:9.0f} "
+            f"{name:22} {median(figures['seconds']):9.2f} {figures['tokens_per_second']:9.0f} "
             f"{'' if far is None else f'{far:.1e}':>11} {figures['peak_mib']:9}"
         )
     for name, ratio in report["ratios"].items():

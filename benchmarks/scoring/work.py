@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import resource
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.devices import peak_mib, synchronise
 from pipeline.models import Checkpoint
 from pipeline.plan import ModelConfig, ScoringConfig
 from pipeline.scoring.engines import batching_of, numerics_of, open_engine
 from pipeline.scoring.engines.base import Group, longest, sequence_sum
+from pipeline.scoring.engines.torch_engine import torch_device
 
 Sums = dict[str, float]
 """Log-probs by sequence id, nats."""
@@ -39,11 +40,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Timed:
-    """One pass over the work: seconds, what came out, and the process's memory so far.
-
-    Attributes:
-        peak_mib: the most memory the process ever had resident.
-    """
+    """One pass over the work: seconds, what came out, and the most memory so far."""
 
     seconds: float
     sums: Sums
@@ -78,8 +75,9 @@ def timed(*arguments: Any) -> Timed:
     """One pass of the scorer of this process."""
     started = perf_counter()
     sums = _score[0](*arguments)
+    synchronise()
     seconds = perf_counter() - started
-    return Timed(seconds, sums, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return Timed(seconds, sums, peak_mib())
 
 
 def open_ours(config: ModelConfig, checkpoint: Checkpoint, groups: list[Group]) -> str:
@@ -101,7 +99,7 @@ def open_ours(config: ModelConfig, checkpoint: Checkpoint, groups: list[Group]) 
     return str(engine.sharing)
 
 
-def open_trl(checkpoint: Checkpoint) -> None:
+def open_trl(checkpoint: Checkpoint, dtype: str = "float32") -> None:
     """Build both of TRL's trainers, for `timed(pairs, setting)`."""
     os.environ["TQDM_DISABLE"] = "1"
     from datasets import Dataset, disable_progress_bars
@@ -117,7 +115,7 @@ def open_trl(checkpoint: Checkpoint) -> None:
     }
 
     def model() -> Any:
-        return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="float32")
+        return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
 
     def trainer(reference: Any) -> Any:
         # What is asked of it here is `_precompute_ref_logps`, which its constructor calls.
@@ -126,7 +124,7 @@ def open_trl(checkpoint: Checkpoint) -> None:
             ref_model=reference,
             args=DPOConfig(
                 output_dir=place,
-                use_cpu=True,
+                use_cpu=torch_device().type == "cpu",
                 bf16=False,
                 report_to=[],
                 max_length=None,
@@ -166,20 +164,22 @@ def float64_sums(checkpoint: Checkpoint, groups: list[Group]) -> Sums:
     import torch
     from transformers import AutoModelForCausalLM
 
+    device = torch_device()
     model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.path, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
+    )
+    model.to(device).eval()
     sums = {}
     with torch.inference_mode():
         for group in groups:
             for completion in group.completions:
                 row = np.concatenate([group.prompt_ids, completion.ids]).astype(np.int64)
                 first = len(group.prompt_ids) - 1
-                ids = torch.from_numpy(row)[None]
-                kept = torch.arange(first, len(row) - 1)
+                ids = torch.from_numpy(row)[None].to(device)
+                kept = torch.arange(first, len(row) - 1, device=device)
                 logits = model(input_ids=ids, logits_to_keep=kept).logits[0]
                 logprobs = torch.log_softmax(logits, -1).gather(1, ids[0, first + 1 :, None])
-                scored = logprobs[torch.from_numpy(completion.scored), 0]
+                scored = logprobs.cpu()[torch.from_numpy(completion.scored), 0]
                 sums[completion.sequence_id] = math.fsum(scored.tolist())
     return sums
 

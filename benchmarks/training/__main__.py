@@ -6,7 +6,7 @@ The pairs are the first usable ones of the file, in its order, 4 to an optimiser
 are given to both. TRL runs at its best setting (a pair at a time with accumulation, what it
 computes for its metrics alone left out) and at 4 pairs at once. Every run is a process of its own,
 so that what it keeps resident is its own; its first step, on the shortest pairs, is not counted.
-Ratios are of runs in one turn.
+Ratios are of runs in one turn. On a GPU the memory is the GPU's, of tensors.
 
 Nothing else should run meanwhile.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.devices import device_name, hide_gpus
 from benchmarks.gpu_check.processes import elsewhere
 from benchmarks.training.work import STEP_PAIRS, Ran, ours, prepared, trls
 from pipeline.plan import TrainingConfig
@@ -44,9 +45,15 @@ def main() -> None:
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--without", nargs="*", default=[], choices=tuple(_TRL))
     parser.add_argument("--micro-batch-tokens", type=int, nargs="*", default=[])
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: no GPU")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     options.pairs = options.steps * STEP_PAIRS
-    checkpoint, batches = elsewhere({}, prepared, options)
+    there = hide_gpus() if options.device == "cpu" else {}
+    device = elsewhere(there, device_name)
+    if options.dtype != "float32" and device == "cpu":
+        parser.error("--dtype: a CPU trains in float32")
+    checkpoint, batches = elsewhere(there, prepared, options)
     config = TrainingConfig(
         method=options.method, learning_rate=1e-6, schedule="constant", warmup_share=0.0
     )
@@ -56,14 +63,19 @@ def main() -> None:
         for most in tokens:
             name = "ours" if most is None else f"ours, {most} tokens"
             cut = config.model_copy(update={"micro_batch_tokens": most})
-            _keep(runs, turn, name, elsewhere({}, ours, checkpoint, batches, cut))
+            ran = elsewhere(there, ours, checkpoint, batches, cut, options.dtype)
+            _keep(runs, turn, name, ran)
         for name, (micro, statistics) in _TRL.items():
             if name not in options.without:
-                ran = elsewhere({}, trls, checkpoint, batches, config, micro, statistics)
+                ran = elsewhere(
+                    there, trls, checkpoint, batches, config, micro, statistics, options.dtype
+                )
                 _keep(runs, turn, name, ran)
     report = {
         "model": options.model,
         "method": options.method,
+        "device": device,
+        "dtype": options.dtype,
         "file": (options.hh or options.pairs_file).name,
         "n_tokens": sum(e.n_tokens for batch in batches[1:] for e in batch),
         "n_unique_tokens": sum(_unique(e) for batch in batches[1:] for e in batch),
@@ -81,7 +93,7 @@ def _unique(example: Example) -> int:
 
 def _keep(runs: dict[str, list[Ran]], turn: int, name: str, ran: Ran) -> None:
     runs.setdefault(name, []).append(ran)
-    said = f"{sum(ran.seconds):.1f} s, {ran.peak_mib:.0f} MiB"
+    said = f"{sum(ran.seconds):.2f} s, {ran.peak_mib:.0f} MiB"
     losses = " ".join(f"{loss:.6f}" for loss in ran.losses)
     sys.stderr.write(f"turn {turn + 1}: {name}: {said}, losses {losses}\n")
 
@@ -105,13 +117,14 @@ def _ratios(runs: dict[str, list[Ran]]) -> dict[str, dict[str, float]]:
 
 def _shown(report: dict[str, Any]) -> str:
     lines = [
-        f"{report['file']}, {report['method']}: {report['n_tokens']:,} tokens with every prompt "
-        f"counted twice, {report['n_unique_tokens']:,} once; {report['cores']} cores"
+        f"{report['file']}, {report['method']}, {report['dtype']} on {report['device']}: "
+        f"{report['n_tokens']:,} tokens with every prompt counted twice, "
+        f"{report['n_unique_tokens']:,} once; {report['cores']} cores"
     ]
     for name, runs in report["runs"].items():
         seconds = median(sum(run["seconds"]) for run in runs)
         peak = max(run["peak_mib"] for run in runs)
-        lines.append(f"{name:20} {seconds:8.1f} s {peak:8.0f} MiB")
+        lines.append(f"{name:20} {seconds:8.2f} s {peak:8.0f} MiB")
     for name, ratio in report["ratios"].items():
         lines.append(
             f"{name}: {ratio['median']:.2f} times as fast ({ratio['least']:.2f} to "

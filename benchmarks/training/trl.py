@@ -12,8 +12,10 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.devices import synchronise
 from pipeline.models import Checkpoint
 from pipeline.plan import TrainingConfig
+from pipeline.scoring.engines.torch_engine import torch_device
 from pipeline.training.data.examples import Example
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +49,7 @@ def trl_trainer(
     *,
     micro: int,
     statistics: bool = True,
+    bf16: bool = False,
 ) -> tuple[Any, TrlRun]:
     """A trainer of TRL's, and what its `train()` will fill.
 
@@ -60,6 +63,7 @@ def trl_trainer(
         micro: pairs at once; the rest is accumulated. For KTO all of a step must be at once.
         statistics: whether DPO's entropy, mean logits and token accuracy are computed; TRL has no
             switch for them, so they are left out of its fused head and zeros stand in.
+        bf16: whether it computes under bfloat16 autocast.
     """
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     os.environ["TQDM_DISABLE"] = "1"
@@ -74,8 +78,8 @@ def trl_trainer(
     n_steps = len(batches)
     arguments: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": torch_device().type == "cpu",
+        "bf16": bf16,
         "report_to": [],
         "max_length": None,
         "disable_tqdm": True,
@@ -140,12 +144,12 @@ def trl_trainer(
     if which == "dpo" and not statistics:
         _leave_out_statistics(trainer.model)
     run = TrlRun()
-    parts: list[float] = []
+    parts: list[Any] = []
     compute = trainer.compute_loss
 
     def watched(*given: Any, **named: Any) -> Any:
         found = compute(*given, **named)
-        parts.append(float((found[0] if isinstance(found, tuple) else found).detach()))
+        parts.append((found[0] if isinstance(found, tuple) else found).detach())
         return found
 
     trainer.compute_loss = watched
@@ -153,11 +157,13 @@ def trl_trainer(
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             parts.clear()
+            synchronise()
             self.began = perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            synchronise()
             run.seconds.append(perf_counter() - self.began)
-            run.losses.append(sum(parts) / len(parts))
+            run.losses.append(sum(map(float, parts)) / len(parts))
 
     trainer.add_callback(Watch())
     return trainer, run

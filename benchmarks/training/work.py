@@ -1,18 +1,18 @@
 """What the trainers do, each in a process of its own; all get the same examples."""
 
 import argparse
-import resource
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from benchmarks.devices import peak_mib, synchronise
 from benchmarks.scoring.__main__ import prepare
 from benchmarks.scoring.work import quiet
 from pipeline.models import Checkpoint
 from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
 from pipeline.scoring.engines.base import sequence_sum
-from pipeline.scoring.engines.torch_engine import TorchEngine
+from pipeline.scoring.engines.torch_engine import TorchEngine, torch_device
 from pipeline.training.data.examples import Example
 
 STEP_PAIRS = 4
@@ -61,16 +61,25 @@ def _objective() -> ObjectiveConfig:
     )
 
 
-def ours(checkpoint: Checkpoint, batches: list[list[Example]], config: TrainingConfig) -> Ran:
-    """Our steps."""
+def _numerics(dtype: str) -> ModelConfig:
+    return ModelConfig.model_validate({"checkpoint": "base", "engine": "torch", "dtype": dtype})
+
+
+def ours(
+    checkpoint: Checkpoint,
+    batches: list[list[Example]],
+    config: TrainingConfig,
+    dtype: str = "float32",
+) -> Ran:
+    """Our steps, in a GPU's case in float32 or under autocast."""
     from pipeline.training.run.devices import Devices
     from pipeline.training.run.loop import Job, Run
     from pipeline.training.run.model import trainable_model
     from pipeline.training.run.replicas import Replicas
 
     quiet()
-    numerics = ModelConfig(checkpoint="base", engine="torch")
-    devices = Devices(config)
+    numerics = _numerics(dtype)
+    devices = Devices(config, dtype)
     model = trainable_model(checkpoint, numerics, config, devices.device)
     examples = [example for batch in batches[1:] for example in batch]
     with tempfile.TemporaryDirectory() as place, Replicas(model, config.threads) as replicas:
@@ -84,16 +93,18 @@ def ours(checkpoint: Checkpoint, batches: list[list[Example]], config: TrainingC
         job = Job(
             *("ours", _objective(), config, numerics, checkpoint, examples, []),
             table,
-            1e-2,
+            1e-2 if dtype == "float32" else 2.0,
             Path(place),
         )
         run = Run(job, devices, replicas, len(batches))
         seconds, losses = [], []
         for batch in batches:
+            synchronise()
             began = perf_counter()
             losses.append(run.step(batch, lambda *_: None))
+            synchronise()
             seconds.append(perf_counter() - began)
-    return Ran(seconds[1:], losses[1:], _peak())
+    return Ran(seconds[1:], losses[1:], peak_mib())
 
 
 def trls(
@@ -102,22 +113,19 @@ def trls(
     config: TrainingConfig,
     micro: int,
     statistics: bool,
+    dtype: str = "float32",
 ) -> Ran:
     """TRL's steps, so many pairs at once, with or without what its metrics alone read."""
-    import torch
-
     from benchmarks.training.trl import trl_trainer
     from pipeline.training.run.model import trainable_model
 
     quiet()
-    numerics = ModelConfig(checkpoint="base", engine="torch")
-    model = trainable_model(checkpoint, numerics, config, torch.device("cpu"))
+    model = trainable_model(checkpoint, _numerics(dtype), config, torch_device())
     trainer, run = trl_trainer(
-        "dpo", {"beta": 0.1}, model, checkpoint, batches, config, micro=micro, statistics=statistics
+        *("dpo", {"beta": 0.1}, model, checkpoint, batches, config),
+        micro=micro,
+        statistics=statistics,
+        bf16=dtype == "bfloat16",
     )
     trainer.train()
-    return Ran(run.seconds[1:], run.losses[1:], _peak())
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Ran(run.seconds[1:], run.losses[1:], peak_mib())
