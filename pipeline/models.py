@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ModelError
 from pipeline.ids import content_id
 from pipeline.plan import ModelConfig
-from pipeline.store import Store, file_digest, sync_directory
+from pipeline.store import Store, file_digest, whole_directory
+from pipeline.store import publish_directory as publish_directory  # of checkpoints, too
 
 if TYPE_CHECKING:
     import torch
@@ -216,6 +217,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
+def copy_tokeniser(source: Path, target: Path) -> None:
+    """Copy the tokeniser's files and the chat template from one directory to another."""
+    for pattern in ("*token*", "chat_template*"):
+        for file in source.glob(pattern):
+            shutil.copy(file, target)
+
+
 def load_model(
     checkpoint: Checkpoint, *, dtype: str, attention: str, device: str
 ) -> "PreTrainedModel":
@@ -266,13 +274,8 @@ def _materialise(name: str, store: Store) -> Path:
     final = _home_of(name, gguf, store)
     if final.exists():
         return final
-    temporary = store.models / f".{uuid.uuid4().hex}.tmp"
-    temporary.mkdir(parents=True)
-    try:
+    with whole_directory(final) as temporary:
         _dequantise(gguf, temporary)
-        publish_directory(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
@@ -294,21 +297,6 @@ def _packaged_file(name: str) -> Path:
     if found is None or found.origin is None:
         raise ModelError(f"packaged model '{name}': the package {package} is not installed")
     return Path(found.origin).with_name(file)
-
-
-def publish_directory(temporary: Path, final: Path) -> None:
-    """Make a finished directory visible under its name, durably; an equal one there wins."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-    sync_directory(temporary)
-    try:
-        temporary.rename(final)
-    except OSError:
-        if not final.exists():
-            raise
-    sync_directory(final.parent)
 
 
 def _dequantise(gguf: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.errors import StoreError
-from pipeline.export.merged import merged_policy, read_record
+from pipeline.export.merged import merged_policy
 from pipeline.ids import unit_interval
 from pipeline.models import Checkpoint, identify, policy_checkpoint, resolve
 from pipeline.plan import Extra, ModelConfig, Plan
@@ -23,6 +23,7 @@ from pipeline.scoring.run import scorer_key
 from pipeline.store import Store, current_snapshot, read, verify
 from pipeline.training.data.kl_rows import kl_sequences
 from pipeline.training.data.preferences import read_labels
+from pipeline.training.record import read_record
 
 
 def store_of(plan: Plan) -> Store:

@@ -2,17 +2,17 @@
 
 import json
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import PlanError, StoreError
-from pipeline.export.merged import intact_record, merged_policy, write_record
-from pipeline.models import publish_directory, read_adapter_config
+from pipeline.export.merged import merged_policy
+from pipeline.models import read_adapter_config
 from pipeline.names import described, policy_of
 from pipeline.plan import Plan
-from pipeline.store import Store
+from pipeline.store import Store, whole_directory
+from pipeline.training.record import RECORD, intact_record, write_record
 
 Form = Literal["merged", "adapter"]
 
@@ -87,22 +87,16 @@ def _write(
     source: Path, target: Path, record: dict[str, Any], written: dict[str, dict[str, Any]]
 ) -> None:
     """Copy a policy's files without its tables, some of them written anew."""
-    temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        for file in source.iterdir():
-            if file.suffix != ".parquet" and file.name not in ("policy.json", *written):
-                shutil.copyfile(file, temporary / file.name)
-        for name, config in written.items():
-            (temporary / name).write_text(json.dumps(config, indent=2, sort_keys=True))
-        write_record(temporary, record)
-        publish_directory(temporary, target)
-        if temporary.exists():
-            raise StoreError(f"{target}: something else was written there meanwhile")
+        with whole_directory(target, exclusive=True) as temporary:
+            for file in source.iterdir():
+                if file.suffix != ".parquet" and file.name not in (RECORD, *written):
+                    shutil.copyfile(file, temporary / file.name)
+            for name, config in written.items():
+                (temporary / name).write_text(json.dumps(config, indent=2, sort_keys=True))
+            write_record(temporary, record)
     except OSError as error:
         raise StoreError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _hub_id(plan: Plan, start: str) -> str | None:

@@ -1,15 +1,14 @@
 """The merged export: a policy's adapter added to its start, as a model of its own."""
 
-import json
 import logging
 import shutil
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ModelError, StoreError
-from pipeline.models import Checkpoint, load_model, publish_directory, quantisation
-from pipeline.store import Store, file_digest, verify
+from pipeline.models import Checkpoint, copy_tokeniser, load_model, quantisation
+from pipeline.store import Store, file_digest, whole_directory
+from pipeline.training.record import intact_record, write_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,23 +50,21 @@ def merged_policy(store: Store, directory: Path, start: Path) -> Path:
     from safetensors import SafetensorError
 
     record = intact_record(directory)
-    temporary = store.policies / f".{uuid.uuid4().hex}.tmp"
     try:
-        temporary.mkdir()
-        model, kept = _merge(start, directory, record["dtype"])
-        _save(model, start, temporary)
-        for pattern in ("*token*", "chat_template*"):
-            for file in directory.glob(pattern):
-                shutil.copy(file, temporary)
-        said = {key: value for key, value in record.items() if key not in ("start", "blake3")}
-        said["merged"] = {"version": MERGE_VERSION, "dtype": record["dtype"], "update_kept": kept}
-        said["blake3"] = {f.name: file_digest(f) for f in temporary.glob("*.safetensors")}
-        write_record(temporary, said)
-        publish_directory(temporary, final)
+        with whole_directory(final) as temporary:
+            model, kept = _merge(start, directory, record["dtype"])
+            _save(model, start, temporary)
+            copy_tokeniser(directory, temporary)
+            said = {key: value for key, value in record.items() if key not in ("start", "blake3")}
+            said["merged"] = {
+                "version": MERGE_VERSION,
+                "dtype": record["dtype"],
+                "update_kept": kept,
+            }
+            said["blake3"] = {f.name: file_digest(f) for f in temporary.glob("*.safetensors")}
+            write_record(temporary, said)
     except (OSError, SafetensorError) as error:  # the latter where the disk is full
         raise StoreError(f"{final}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     if kept < _LITTLE:
         _log.warning(
             "%s: rounding to %s left %.0f %% of the policy's update; training in float32 would "
@@ -77,40 +74,6 @@ def merged_policy(store: Store, directory: Path, start: Path) -> Path:
             100 * kept,
         )
     return final
-
-
-def read_record(directory: Path) -> dict[str, Any]:
-    """A policy's `policy.json`.
-
-    Raises:
-        StoreError: it cannot be read, or an earlier version wrote it.
-    """
-    path = directory / "policy.json"
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from error
-    if "start_model_id" not in record:
-        raise StoreError(f"{path}: an earlier version wrote this policy; train it again")
-    return record
-
-
-def intact_record(directory: Path) -> dict[str, Any]:
-    """`read_record`, after a look at the bytes of the policy's weights.
-
-    Raises:
-        StoreError: see `read_record`, or a file is missing or damaged.
-    """
-    record = read_record(directory)
-    for name, digest in record["blake3"].items():
-        if name.endswith(".safetensors"):
-            verify(directory / name, digest)
-    return record
-
-
-def write_record(directory: Path, record: dict[str, Any]) -> None:
-    """Write `policy.json`."""
-    (directory / "policy.json").write_text(json.dumps(record, indent=2, sort_keys=True))
 
 
 def _merge(start: Path, adapter: Path, dtype: str) -> tuple["PreTrainedModel", float]:

@@ -2,19 +2,16 @@
 
 from pipeline.plan.audit import write_audit_plan
 from pipeline.plan.load import environment_overrides, load_plan
+from pipeline.plan.models import ModelConfig, VllmConfig
 from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import LandscapeConfig, ReportConfig
+from pipeline.plan.scoring import Extra, ParityConfig, ScoringConfig
 from pipeline.plan.sections import (
     AuditConfig,
-    Extra,
-    ModelConfig,
-    ParityConfig,
     Plan,
-    ScoringConfig,
     SourceConfig,
     SplitConfig,
     TokenizationConfig,
-    VllmConfig,
 )
 from pipeline.plan.selection import Selection, Sql, policies_named, selection_of
 from pipeline.plan.training import LoraConfig, TrainingConfig

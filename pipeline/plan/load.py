@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from pipeline.errors import PlanError
 from pipeline.plan.explain import explain, fields
-from pipeline.plan.sections import ModelConfig, Plan, SourceConfig
+from pipeline.plan.models import ModelConfig
+from pipeline.plan.sections import Plan, SourceConfig
 
 ENVIRONMENT_PREFIX = "LOGRATIO__"
 

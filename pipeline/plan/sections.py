@@ -15,19 +15,15 @@ from pydantic import (
 
 from pipeline.ids import content_id
 from pipeline.plan.faults import SECTION, Name, fault
+from pipeline.plan.models import ModelConfig
 from pipeline.plan.objective import ObjectiveConfig
 from pipeline.plan.report import ReportConfig
 from pipeline.plan.rounds import bases, rounds
+from pipeline.plan.scoring import ScoringConfig
 from pipeline.plan.selection import require_selectable
 from pipeline.plan.training import TrainingConfig, require_shardable
 from pipeline.rules import RULES, Action, actions
 from pipeline.sources import READERS, Pairing, ReadOptions
-
-Extra = Literal["log_sum_squares", "entropy"]
-"""What may be computed of a scored token's distribution p over the vocabulary, nats.
-
-`log_sum_squares`: log sum_v p(v)^2 (WPO, arXiv 2406.11827). `entropy`: -sum_v p(v) log p(v).
-"""
 
 _TAKEN = ("dagster", "ledger", "models", "policies")
 """What stands in the store beside the plans' own folders (`pipeline.store.Store`)."""
@@ -113,42 +109,6 @@ class SplitConfig(_Section):
     salt: str = Field(default="logratio", min_length=1, max_length=64)
 
 
-class VllmConfig(_Section):
-    """How vLLM runs a model; torch does not read it."""
-
-    head_dtype: Literal["float32", "model"] = Field(
-        default="float32", description="Of the logits; `model` is the body's dtype."
-    )
-    prefix_reuse: bool = Field(
-        default=True, description="Compute a prompt once for all its completions."
-    )
-    block_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="Tokens per cache block; null: 32 on a CPU, elsewhere vLLM's choice.",
-    )
-    attention_backend: str | None = Field(default=None, description="null: vLLM's own choice.")
-    enforce_eager: bool = True
-    tensor_parallel: int = Field(default=1, ge=1)
-    pipeline_parallel: int = Field(default=1, ge=1)
-    max_batched_tokens: int = Field(default=8192, ge=64, description="Per step of the engine.")
-    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
-    cpu_kv_cache_gib: float = Field(default=2.0, gt=0, description="On a CPU only.")
-
-
-class ModelConfig(_Section):
-    """A checkpoint (directory, hub id or `packaged:smollm2-135m-instruct`) and its numerics."""
-
-    checkpoint: str = Field(min_length=1)
-    adapter: Path | None = None
-    engine: Literal["auto", "torch", "vllm"] = Field(
-        default="auto", description="auto: vLLM where CUDA is, torch elsewhere."
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    vllm: VllmConfig = VllmConfig()
-
-
 class AuditConfig(_Section):
     """A policy that was trained elsewhere, to be reported against a reference; both are models.
 
@@ -157,77 +117,6 @@ class AuditConfig(_Section):
 
     reference: Name
     policy: Name
-
-
-class ParityConfig(_Section):
-    """A second engine that scores some pairs again, so that a check can compare the rewards."""
-
-    engine: Literal["torch", "vllm"]
-    split: Literal["train", "test", "evaluation"] = "test"
-    policies: list[Name] | None = Field(
-        default=None, description="Objectives and audits to compare; null: all."
-    )
-    max_pairs: int | None = Field(default=None, ge=1, description="The first by their ids' hash.")
-    tolerance: float | None = Field(
-        default=None, gt=0, description="Nats per sequence; null: 5e-3 in float32, 1.0 in half."
-    )
-
-    def allowed(self, dtype: str) -> float:
-        """What the two engines' log-ratios of one sequence may differ by, nats."""
-        return self.tolerance or (5e-3 if dtype == "float32" else 1.0)
-
-
-class ScoringConfig(_Section):
-    """How scoring is cut up and checked. Nothing here changes an id."""
-
-    workers: int | None = Field(
-        default=None,
-        ge=1,
-        description="Processes that score side by side; null: one per GPU (or parallel group), "
-        "one on a CPU.",
-    )
-    commit_rows: int | None = Field(
-        default=None, ge=1, description="Sequences per committed part; null: 64, on a GPU 2048."
-    )
-    batch_tokens: int | None = Field(
-        default=None,
-        ge=0,
-        description="Tokens per forward pass, 0: one sequence or pair; null: 1024 for torch on a "
-        "CPU, 8192 elsewhere. vLLM batches by itself, and knows only 0 and more than 0.",
-    )
-    null_test: Literal["when_scored", "always"] = "when_scored"
-    null_test_rows: int = Field(default=8, ge=1)
-    null_test_tolerance: float | None = Field(
-        default=None, gt=0, description="Nats per sequence; by dtype where null."
-    )
-    token_extras: list[Extra] = Field(
-        default=[],
-        description="Computed of every scored token of a policy beside its log-prob, by the torch "
-        "engine only: `log_sum_squares` lets `loss_landscape` answer for WPO.",
-    )
-    parity: ParityConfig | None = None
-    accept_equivalent: float | None = Field(
-        default=None,
-        ge=0,
-        description="After an upgrade of the engine, audits go on with the log-probs of the "
-        "numerics before it if a sample scored anew (`null_test_rows`) differs by no more than so "
-        "many nats per sequence; null: everything is scored anew.",
-    )
-    train_pairs: int | None = Field(
-        default=None,
-        ge=0,
-        description="Training pairs that policies are scored and reported on, the first by their "
-        "ids' hash; null: all. Held-out pairs are always scored. Of labels it is the same.",
-    )
-
-    def tolerance(self, dtype: str) -> float:
-        """What two scores of one sequence may differ by, nats.
-
-        Half precision leaves some 0.03 nats per token, so about 0.7 on a reply of 500 tokens.
-        """
-        if self.null_test_tolerance is not None:
-            return self.null_test_tolerance
-        return 1e-3 if dtype == "float32" else 1.0
 
 
 class Plan(_Section):

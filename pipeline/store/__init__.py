@@ -12,8 +12,10 @@ from pipeline.store.files import (
     file_bytes,
     file_digest,
     move_pointer,
+    publish_directory,
     sync_directory,
     verify,
+    whole_directory,
 )
 from pipeline.store.parquet import checked, read_snapshot, read_verified, write_parquet
 from pipeline.store.published import (
@@ -41,6 +43,7 @@ __all__ = [
     "is_published",
     "move_pointer",
     "publish",
+    "publish_directory",
     "publish_file",
     "publish_pieces",
     "read",
@@ -49,5 +52,6 @@ __all__ = [
     "read_verified",
     "sync_directory",
     "verify",
+    "whole_directory",
     "write_parquet",
 ]

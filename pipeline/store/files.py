@@ -1,7 +1,8 @@
-"""Files that are absent or complete, named by their digest or a number, and checked before use."""
+"""Files and directories that are absent or complete, and files' bytes checked before use."""
 
 import contextlib
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -89,6 +90,43 @@ def move_pointer(pointer: Path, target: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StoreError(f"{pointer}: cannot be moved: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def whole_directory(final: Path, *, exclusive: bool = False) -> Iterator[Path]:
+    """A directory to fill, which then appears under the name `final`; whole, or not at all.
+
+    Args:
+        final: its name; the directory stands beside it meanwhile, as `.<name>.<random>.tmp`.
+        exclusive: what comes to stand there meanwhile is not an equal one, which would win.
+
+    Raises:
+        StoreError: it is exclusive, and something else came to stand there.
+    """
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish_directory(temporary, final)
+        if exclusive and temporary.exists():
+            raise StoreError(f"{final}: something else was written there meanwhile")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Make a finished directory visible under its name, durably; an equal one there wins."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    sync_directory(temporary)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.exists():
+            raise
+    sync_directory(final.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,8 +1,6 @@
 """A policy: its id, and training it once."""
 
-import json
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +11,22 @@ import polars as pl
 from pipeline.errors import TrainingError
 from pipeline.failpoints import reach
 from pipeline.ids import content_id
-from pipeline.models import identify, publish_directory
+from pipeline.models import copy_tokeniser, identify
 from pipeline.plan import ObjectiveConfig, TrainingConfig
 from pipeline.scoring.ledger import ScorerKey
-from pipeline.store import Store, checked, file_digest, read_snapshot, write_parquet
+from pipeline.store import (
+    Store,
+    checked,
+    file_digest,
+    read_snapshot,
+    whole_directory,
+    write_parquet,
+)
 from pipeline.training.data.balance import ClassBalance
 from pipeline.training.data.correction import Correction
 from pipeline.training.data.examples import Example, values_digest
 from pipeline.training.data.selection import SelectionRecord
+from pipeline.training.record import read_record, write_record
 from pipeline.training.run.devices import Devices
 from pipeline.training.run.gate import FirstStep
 from pipeline.training.run.loop import Job, Trained, train
@@ -154,47 +160,41 @@ def _save(
 
     for left in store.policies.glob(f".{identifier}.*.tmp"):  # by a kill
         shutil.rmtree(left, ignore_errors=True)
-    temporary = store.policies / f".{identifier}.{uuid.uuid4().hex}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        reach("policy.begun")
-        trained.model.save_pretrained(temporary)
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty form
-        for pattern in ("*token*", "chat_template*"):
-            for file in job.start.path.glob(pattern):
-                shutil.copy(file, temporary)
-        digests = {file.name: file_digest(file) for file in temporary.glob("*.safetensors")}
-        tables = {name: getattr(trained, attribute) for name, (attribute, _) in _TABLES.items()}
-        schemas = {name: schema for name, (_, schema) in _TABLES.items()}
-        tables[_EXAMPLES], schemas[_EXAMPLES] = _as_table(job.examples), TrainedExample
-        for name, schema in schemas.items():
-            rows = tables[name].select(pl.lit(identifier).alias("policy_id"), pl.all())
-            with (temporary / f"{name}.parquet").open("wb") as sink:
-                write_parquet(sink, checked(name, rows, schema), name)
-            digests[name] = file_digest(temporary / f"{name}.parquet")
-        record = {
-            "policy_id": identifier,
-            "objective": {"name": job.name, **job.objective.model_dump()},
-            "training": job.config.model_dump(),
-            "start": str(job.start.path),
-            "start_model_id": identify(job.start, store).model_id,
-            "dtype": job.numerics.dtype,
-            "first_step": trained.first_step.to_dict(),
-            "reference_correction": correction and correction.to_dict(),
-            "selection": selection and selection.to_dict(),
-            "kept": trained.kept,
-            "class_balance": balance and balance.to_dict(),
-            "blake3": digests,
-        }
-        (temporary / "policy.json").write_text(json.dumps(record, indent=2, sort_keys=True))
-        reach("policy.written")
-        publish_directory(temporary, final)
+        with whole_directory(final) as temporary:
+            reach("policy.begun")
+            trained.model.save_pretrained(temporary)
+            (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+            copy_tokeniser(job.start.path, temporary)
+            digests = {file.name: file_digest(file) for file in temporary.glob("*.safetensors")}
+            tables = {name: getattr(trained, attribute) for name, (attribute, _) in _TABLES.items()}
+            schemas = {name: schema for name, (_, schema) in _TABLES.items()}
+            tables[_EXAMPLES], schemas[_EXAMPLES] = _as_table(job.examples), TrainedExample
+            for name, schema in schemas.items():
+                rows = tables[name].select(pl.lit(identifier).alias("policy_id"), pl.all())
+                with (temporary / f"{name}.parquet").open("wb") as sink:
+                    write_parquet(sink, checked(name, rows, schema), name)
+                digests[name] = file_digest(temporary / f"{name}.parquet")
+            record = {
+                "policy_id": identifier,
+                "objective": {"name": job.name, **job.objective.model_dump()},
+                "training": job.config.model_dump(),
+                "start": str(job.start.path),
+                "start_model_id": identify(job.start, store).model_id,
+                "dtype": job.numerics.dtype,
+                "first_step": trained.first_step.to_dict(),
+                "reference_correction": correction and correction.to_dict(),
+                "selection": selection and selection.to_dict(),
+                "kept": trained.kept,
+                "class_balance": balance and balance.to_dict(),
+                "blake3": digests,
+            }
+            write_record(temporary, record)
+            reach("policy.written")
     except (OSError, SafetensorError) as error:  # the latter for a full disk, too
         raise TrainingError(
             f"step {trained.steps.height}: the policy cannot be written to {final}: {error}"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 _TABLES: dict[str, tuple[str, type[Table]]] = {
@@ -219,14 +219,14 @@ def trained_examples(store: Store, identifier: str) -> pl.DataFrame:
         StoreError: the list is missing or damaged.
     """
     directory = store.policies / identifier
-    record = json.loads((directory / "policy.json").read_text())
+    record = read_record(directory)
     path = directory / f"{_EXAMPLES}.parquet"
     return read_snapshot(path, _EXAMPLES, record["blake3"][_EXAMPLES])
 
 
 def load_policy(directory: Path, *, trained: bool) -> PolicyResult:
     """A finished policy's tables and record."""
-    record = json.loads((directory / "policy.json").read_text())
+    record = read_record(directory)
     steps, evaluations = (
         read_snapshot(directory / f"{name}.parquet", name, record["blake3"][name])
         for name in _TABLES

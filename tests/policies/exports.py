@@ -11,11 +11,11 @@ from scoring.oracle import build_adapter
 from support import prepared
 from transformers import AutoModelForCausalLM
 
-from pipeline.export.merged import write_record
 from pipeline.models import Checkpoint, identify
 from pipeline.plan import Plan
 from pipeline.stages import compute_rewards, score, train
 from pipeline.store import Store, file_digest, read
+from pipeline.training.record import write_record
 
 DPO = {"loss": "dpo", "beta": 0.1}
 LEARNS = ["training.epochs=4", "training.learning_rate=1e-2"]

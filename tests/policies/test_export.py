@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from assets.cli import main
 from pipeline.errors import ModelError, PlanError, StoreError
-from pipeline.export import directory, merged
+from pipeline.export import merged
 from pipeline.export.directory import export_policy
 from pipeline.export.merged import MERGE_VERSION, merged_policy
 from pipeline.names import key_of, policy_of, store_of
@@ -25,6 +25,7 @@ from pipeline.plan import load_plan
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import train
 from pipeline.store import Store
+from pipeline.store import files as store_files
 from policies.exports import (
     LEARNS,
     apart,
@@ -232,15 +233,19 @@ def test_a_damaged_policy_is_not_exported(
 def killed_export(path: Path, target: Path, where: str) -> None:
     """Export, and be killed on the way."""
 
-    def dies(*arguments: Any) -> None:
-        if where == "weights":
-            real(*arguments)
+    def saved_and_died(*arguments: Any) -> None:
+        save(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    module = directory if where == "copy" else merged
-    name = "_save" if where == "weights" else "publish_directory"
-    real = getattr(module, name)
-    setattr(module, name, dies)
+    def dies(temporary: Path, final: Path) -> None:
+        if where == "publish" or final == target:
+            os.kill(os.getpid(), signal.SIGKILL)
+        publish(temporary, final)
+
+    save, publish = merged._save, store_files.publish_directory
+    if where == "weights":
+        merged._save = saved_and_died  # type: ignore[assignment]
+    store_files.publish_directory = dies
     plan = load_plan(path)
     export_policy(plan, store_of(plan), "dpo", target)
 

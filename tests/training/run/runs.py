@@ -89,5 +89,5 @@ def train_until_killed(path: Path, root: Path, delay: float) -> None:
             clock.start()
         return step(run, *arguments)
 
-    loop.Run.step = step_until_killed  # type: ignore[method-assign,assignment]
+    loop.Run.step = step_until_killed  # type: ignore[assignment,method-assign]
     train(plan, store_of(plan), "dpo")
