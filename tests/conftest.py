@@ -16,7 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from desk import Desk
-from support import PROJECT, FakeEngine, build_tiny_model
+from fake_engine import FakeEngine
+from support import PROJECT, build_tiny_model
 from tokens import load
 
 from pipeline.models import Checkpoint, resolve

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support import FakeEngine
+from fake_engine import FakeEngine
 
 from pipeline.errors import ModelError, ScoringError
 from pipeline.models import Checkpoint

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from fake_engine import FakeEngine
 from safetensors.torch import load_file, save_file
-from support import FakeEngine
 
 from pipeline.models import Checkpoint
 from pipeline.plan import ModelConfig, ScoringConfig

@@ -15,7 +15,8 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from support import FAKE_NUMERICS, PROJECT, build_tiny_model
+from fake_engine import FAKE_NUMERICS
+from support import PROJECT, build_tiny_model
 
 from pipeline.errors import ModelError, ScoringError
 from pipeline.models import Checkpoint, ModelIdentity
@@ -414,7 +415,7 @@ def test_workers_do_not_outlive_a_parent_that_was_killed(desk: Path) -> None:
 from pathlib import Path
 
 from scoring.openers import open_with_a_process, whereabouts
-from scoring.test_workers import FAKE_NUMERICS
+from fake_engine import FAKE_NUMERICS
 
 from pipeline.models import Checkpoint
 from pipeline.plan import ModelConfig

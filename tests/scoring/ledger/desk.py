@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from support import FAKE_NUMERICS, FakeEngine
+from fake_engine import FAKE_NUMERICS, FakeEngine
 
 from pipeline.models import Checkpoint, ModelIdentity
 from pipeline.plan import Extra, ModelConfig, ScoringConfig

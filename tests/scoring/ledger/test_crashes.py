@@ -10,8 +10,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from fake_engine import FakeEngine
 from forks import KILLED, begin, ended
-from support import FakeEngine, measured
+from support import measured
 
 from pipeline import failpoints
 from pipeline.errors import StoreError

@@ -7,7 +7,8 @@ from typing import Any
 
 import polars as pl
 import pytest
-from support import FAKE_NUMERICS, FakeEngine, build_tiny_model, tokenized
+from fake_engine import FAKE_NUMERICS, FakeEngine
+from support import build_tiny_model, tokenized
 
 from pipeline import stages
 from pipeline.errors import PlanError

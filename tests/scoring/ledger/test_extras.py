@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from fake_engine import FakeEngine
 from forks import begin, ended
-from support import FakeEngine
 
 from pipeline import failpoints
 from pipeline.errors import ScoringError

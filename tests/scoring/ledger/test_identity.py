@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from support import FakeEngine, prepared, tokenized
+from fake_engine import FakeEngine
+from support import prepared, tokenized
 
 from pipeline.models import Checkpoint
 from pipeline.scoring.run import scorer_key

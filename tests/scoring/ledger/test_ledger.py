@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from support import FakeEngine
+from fake_engine import FakeEngine
 
 from pipeline.errors import ScoringError, StoreError
 from pipeline.scoring.ledger import append, read_logprobs, read_token_logprobs, scorers

@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import polars as pl
 import pytest
+from fake_engine import FakeEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import FakeEngine
 
 from pipeline.errors import ScoringError
 from pipeline.plan import ScoringConfig
