@@ -10,7 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models import Checkpoint, load_model
 from pipeline.scoring.engines.base import Group
+from pipeline.scoring.engines.forward.blocks import blocks_of
+from pipeline.scoring.engines.forward.tiles import tiles_of
 from scoring.oracle import completion, random_ids
+
+LAYOUTS: dict[str, Any] = {"tiles": tiles_of, "blocks": blocks_of}
+"""A CPU's and a GPU's, on a CPU."""
 
 SIZES = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,

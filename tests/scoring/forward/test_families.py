@@ -15,7 +15,7 @@ from pipeline.scoring.engines.base import Group, Sharing
 from pipeline.scoring.engines.forward import Forward, model
 from pipeline.scoring.engines.forward.head import Head
 from pipeline.scoring.engines.forward.tree import Run, Tree, grow
-from scoring.forward.families import FAMILIES, Family, build, loaded, some_groups
+from scoring.forward.families import FAMILIES, LAYOUTS, Family, build, loaded, some_groups
 from scoring.oracle import Oracle, group
 
 TOLERANCE = 2e-4
@@ -41,12 +41,14 @@ def leaky(sequences: Any) -> Tree:
     return replace(tree, runs=runs)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", SHARING)
 def test_shared_prompts_give_the_numbers_of_float64(
-    name: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, attention: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = build(tmp_path, FAMILIES[name])
+    monkeypatch.setattr(model, "layout_of", LAYOUTS[layout])
     forward, oracle = Forward(loaded(checkpoint, attention)), Oracle(checkpoint)
     assert forward.sharing.shared, forward.sharing.reason
     worst = leaked = 0.0
@@ -57,7 +59,9 @@ def test_shared_prompts_give_the_numbers_of_float64(
             with monkeypatch.context() as patched:
                 patched.setattr(model, "grow", leaky)
                 leaked = max(leaked, largest_error(forward.logprobs(groups), groups, oracle))
-    measured(f"{name}, {attention}: {worst:.1e} nats per token; leaky control {leaked:.2f}")
+    measured(
+        f"{name}, {attention}, {layout}: {worst:.1e} nats per token; leaky control {leaked:.2f}"
+    )
     assert worst < TOLERANCE
     assert leaked > 0.05, "the control must fail"
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.models import Checkpoint
 from pipeline.scoring.engines.base import Group
 from pipeline.scoring.engines.forward import Forward
-from scoring.forward.families import FAMILIES, build, loaded, some_groups
+from pipeline.scoring.engines.forward import model as model_module
+from scoring.forward.families import FAMILIES, LAYOUTS, build, loaded, some_groups
 
 
 def weighted(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -40,14 +41,16 @@ def plain_float64(checkpoint: Checkpoint, groups: list[Group]) -> dict[str, torc
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     "name", ["llama", "qwen3", "gemma2", "gpt2", "phi", "cohere with scaled logits", "mixtral"]
 )
 def test_gradients_of_every_tensor_are_those_of_float64(
-    name: str, attention: str, tmp_path: Path
+    name: str, attention: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = build(tmp_path, FAMILIES[name])
+    monkeypatch.setattr(model_module, "layout_of", LAYOUTS[layout])
     model = loaded(checkpoint, attention)
     forward, groups = Forward(model), some_groups(1, n=2)
     assert forward.sharing.shared

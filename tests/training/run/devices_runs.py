@@ -102,7 +102,7 @@ def asked(
                 mismatched={None: kl} if kl else {},
             )
         )
-    config = TrainingConfig.model_validate({"warmup_share": 0.1, **training})
+    config = TrainingConfig.model_validate(training)
     return Asked(checkpoint, examples, said, config, table)
 
 

@@ -139,8 +139,11 @@ def test_half_precision_trains_near_float32(
 ) -> None:
     rate = 2e-4 if method == "lora" else 5e-6
     schedule: dict[str, Any] = {
-        "schedule": "constant", "warmup_share": 0.0, "epochs": 4.0, "max_steps": 8
-    }  # fmt: skip
+        "schedule": "constant",
+        "warmup_share": 0.0,
+        "epochs": 4.0,
+        "max_steps": 8,
+    }
     one = asked(
         packaged_model.path, real_pairs, DPO, method=method, learning_rate=rate, batch_pairs=3,
         **schedule,
