@@ -41,7 +41,7 @@ class ModelConfig(_Section):
     checkpoint: str = Field(min_length=1)
     adapter: Path | None = None
     engine: Literal["auto", "torch", "vllm"] = Field(
-        default="auto", description="auto: vLLM where CUDA is, torch elsewhere."
+        default="auto", description="auto: vLLM in half precision where CUDA is, else torch."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"

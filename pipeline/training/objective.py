@@ -12,6 +12,7 @@ from pipeline.locks import locked
 from pipeline.models import Checkpoint
 from pipeline.names import key_of, scored_by, wanted_sequences
 from pipeline.plan import ModelConfig, Plan
+from pipeline.scoring.engines import require_adapters
 from pipeline.scoring.ledger import ScorerKey, read_logprobs
 from pipeline.scoring.run import score_sequences, scorer_key
 from pipeline.store import Store, read
@@ -54,6 +55,7 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
 
     Raises:
         TrainingError: as `prepare` and `train_policy`.
+        ModelError: as `require_adapters`.
         LogratioError: as `train_in_processes`, if there are to be several.
         StoreError: the checkpoints' folder cannot be locked.
     """
@@ -61,6 +63,8 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     if isinstance(prepared, PolicyResult):
         return prepared
     refuse_adapter(prepared.job)
+    if plan.training.method == "lora":
+        require_adapters(plan.scored_as(name))  # before hours of training, not after
     final, checkpoints = store.policies / prepared.policy_id, prepared.job.checkpoints
 
     def say() -> None:

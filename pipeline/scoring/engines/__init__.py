@@ -6,6 +6,7 @@ from pipeline.models import Checkpoint
 from pipeline.plan import ModelConfig, ScoringConfig
 from pipeline.scoring.engines.base import Engine, Numerics
 from pipeline.scoring.engines.torch_engine import TorchEngine, found_device_class, torch_numerics
+from pipeline.scoring.engines.vllm_adapter import refuse_float32
 from pipeline.scoring.engines.vllm_engine import VllmEngine, vllm_numerics
 
 CPU_CALL_TOKENS = 1024
@@ -28,10 +29,23 @@ class Batching:
 
 
 def engine_of(config: ModelConfig) -> str:
-    """`torch` or `vllm`; `auto` is vLLM where CUDA is."""
+    """`torch` or `vllm`; `auto` is vLLM in half precision where CUDA is.
+
+    In float32 it is torch: vLLM has no kernels there for adapters, and what trains is torch too.
+    """
     if config.engine != "auto":
         return config.engine
-    return "torch" if found_device_class() == "cpu" else "vllm"
+    return "torch" if found_device_class() == "cpu" or config.dtype == "float32" else "vllm"
+
+
+def require_adapters(config: ModelConfig) -> None:
+    """Refuse a model under which a trained adapter could not be scored.
+
+    Raises:
+        ModelError: it is run by vLLM in float32 on a GPU.
+    """
+    if engine_of(config) == "vllm":
+        refuse_float32(config.dtype, found_device_class())
 
 
 def numerics_of(config: ModelConfig, checkpoint: Checkpoint) -> Numerics:

@@ -35,6 +35,19 @@ class LoraShape:
     modules: list[str]
 
 
+def refuse_float32(dtype: str, device_class: str) -> None:
+    """Refuse adapters where vLLM's kernels for them take half precision only.
+
+    Raises:
+        ModelError: the model is float32 on a GPU, where the engine would not start.
+    """
+    if dtype == "float32" and device_class != "cpu":
+        raise ModelError(
+            "vLLM applies adapters on a GPU in bfloat16 and float16 only: score them with engine: "
+            "torch, give the model another dtype, or merge them into full weights"
+        )
+
+
 def lora_shape(adapter: Path) -> LoraShape:
     """Look into an adapter, read from its tensors rather than from what its config claims.
 

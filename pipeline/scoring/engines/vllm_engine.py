@@ -27,7 +27,7 @@ from pipeline.scoring.engines.base import (
     require_scorable,
 )
 from pipeline.scoring.engines.torch_engine import found_device_class
-from pipeline.scoring.engines.vllm_adapter import LoraShape, lora_shape
+from pipeline.scoring.engines.vllm_adapter import LoraShape, lora_shape, refuse_float32
 from pipeline.scoring.engines.vllm_requests import (
     REQUIRED,
     Path,
@@ -130,7 +130,10 @@ class VllmEngine:
         # A row of L tokens needs room for one more, the token that is sampled and thrown away.
         room = longest + 1
         self._limits = Limits(vocabulary_size(checkpoint), longest)
-        lora = lora_shape(checkpoint.adapter) if checkpoint.adapter else None
+        lora = None
+        if checkpoint.adapter is not None:
+            lora = lora_shape(checkpoint.adapter)
+            refuse_float32(config.dtype, numerics.device_class)
         self._process = contextlib.ExitStack()
         self._llm: Any = None
         try:

@@ -19,8 +19,8 @@ def main(folder: str, n: str, module: str) -> int:
     logging.disable()  # of torchrun's words about errors: they are raised where it was started
     arguments = ["--standalone", "--nproc-per-node", n, "--local-addr", "127.0.0.1"]
     arguments += ["--log-dir", str(Path(folder) / "logs")]
-    # What the others print would be said twice.
-    arguments += ["--redirects", ",".join(f"{rank}:3" for rank in range(1, int(n)))]
+    if others := ",".join(f"{rank}:3" for rank in range(1, int(n))):
+        arguments += ["--redirects", others]  # what they print would be said twice
     try:
         run(parse_args([*arguments, "-m", module, folder]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:

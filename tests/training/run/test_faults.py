@@ -13,9 +13,10 @@ import torch
 from support import build_tiny_model, measured, prepared, tokenized
 
 from pipeline import failpoints
-from pipeline.errors import ScoringError, TrainingError
-from pipeline.plan import load_plan
+from pipeline.errors import ModelError, ScoringError, TrainingError
+from pipeline.plan import ModelConfig, load_plan
 from pipeline.stages import score, train
+from pipeline.training import objective
 from pipeline.training.run import loop
 from pipeline.training.run.replicas import Replicas
 from pipeline.training.run.step import StepResult, run_step
@@ -220,3 +221,22 @@ def test_the_seed_of_torch_does_not_matter(write_plan: Any, tmp_path: Path) -> N
     one = desk.trained()
     torch.manual_seed(99)
     require_same(desk.trained(), one)
+
+
+def test_an_adapter_that_could_not_be_scored_is_not_trained(
+    write_plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(write_plan, tmp_path, training={**STEPS, "max_steps": 1})
+    asked: list[ModelConfig] = []
+
+    def refuse(config: ModelConfig) -> None:
+        asked.append(config)
+        raise ModelError("bfloat16 and float16 only")
+
+    monkeypatch.setattr(objective, "require_adapters", refuse)
+    plan, store = desk.copy()
+    with pytest.raises(ModelError, match="bfloat16 and float16 only"):
+        train(plan, store, "dpo")
+    assert asked == [plan.models["base"]]
+    assert checkpoints(store) == []
+    assert desk.trained("training.method=full").steps.height == 1
