@@ -2,6 +2,8 @@
 
 import resource
 
+from pipeline.scoring.engines.torch_engine import found_device_class
+
 
 def synchronise() -> None:
     """Wait for what a GPU was given to do."""
@@ -11,9 +13,11 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def hide_gpus() -> dict[str, str]:
-    """For a process's environment: it is to find none."""
-    return {"CUDA_VISIBLE_DEVICES": ""}
+def device_of(asked: str) -> tuple[str, dict[str, str]]:
+    """The class of the device that `auto` or `cpu` means, and a process's environment for it."""
+    if asked == "cpu":
+        return "cpu", {"CUDA_VISIBLE_DEVICES": ""}
+    return found_device_class(), {}
 
 
 def peak_mib() -> float:
@@ -26,10 +30,3 @@ def peak_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def device_name() -> str:
-    """For the report."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -26,7 +26,7 @@ from typing import Any
 
 import polars as pl
 
-from benchmarks.devices import device_name, hide_gpus
+from benchmarks.devices import device_of
 from benchmarks.gpu_check.processes import Elsewhere, elsewhere
 from benchmarks.scoring.work import (
     Pair,
@@ -75,8 +75,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=32, help="tokens of vLLM's cache blocks")
     parser.add_argument("--without", nargs="*", default=[], choices=("trl", "vllm", "float64"))
     options = parser.parse_args()
-    options.there = hide_gpus() if options.device == "cpu" else {}
-    device = elsewhere(options.there, device_name)
+    device, options.there = device_of(options.device)
     options.on_cpu = device == "cpu"
     options.trl_batches = options.trl_batches or ([1, 2, 4] if options.on_cpu else [4, 16, 64])
     checkpoint, pairs, groups = prepare(options)

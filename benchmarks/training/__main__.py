@@ -3,10 +3,10 @@
     python -m benchmarks.training --output training.json [--hh FILE]
 
 The pairs are the first usable ones of the file, in its order, 4 to an optimiser step; references
-are given to both. TRL runs at its best setting (a pair at a time with accumulation, what it
-computes for its metrics alone left out) and at 4 pairs at once. Every run is a process of its own,
-so that what it keeps resident is its own; its first step, on the shortest pairs, is not counted.
-Ratios are of runs in one turn. On a GPU the memory is the GPU's, of tensors.
+are given to both. TRL runs at its best setting (on a CPU a pair at a time with accumulation; what
+it computes for its metrics alone left out) and with a step's pairs at once, as it is. Every run is
+a process of its own, so that what it keeps resident is its own; its first step, on the shortest
+pairs, is not counted. Ratios are of runs in one turn. On a GPU the memory is the GPU's, of tensors.
 
 Nothing else should run meanwhile.
 """
@@ -19,15 +19,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.devices import device_name, hide_gpus
+from benchmarks.devices import device_of
 from benchmarks.gpu_check.processes import elsewhere
-from benchmarks.training.work import STEP_PAIRS, Ran, ours, prepared, trls
+from benchmarks.training.work import Ran, ours, prepared, trls
 from pipeline.plan import TrainingConfig
 from pipeline.training.data.examples import Example
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _SAMPLE = _PROJECT / "sample" / "preferences.jsonl"
-_TRL = {"trl, best": (1, False), "trl, 4 at once": (STEP_PAIRS, True)}
+_TRL = ("trl, best", "trl, at once")
 
 
 def main() -> None:
@@ -43,14 +43,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--method", choices=("full", "lora"), default="full")
-    parser.add_argument("--without", nargs="*", default=[], choices=tuple(_TRL))
+    parser.add_argument("--step-pairs", type=int, default=4, help="pairs to an optimiser step")
+    parser.add_argument("--without", nargs="*", default=[], choices=_TRL)
     parser.add_argument("--micro-batch-tokens", type=int, nargs="*", default=[])
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: no GPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
-    options.pairs = options.steps * STEP_PAIRS
-    there = hide_gpus() if options.device == "cpu" else {}
-    device = elsewhere(there, device_name)
+    options.pairs = options.steps * options.step_pairs
+    device, there = device_of(options.device)
     if options.dtype != "float32" and device == "cpu":
         parser.error("--dtype: a CPU trains in float32")
     checkpoint, batches = elsewhere(there, prepared, options)
@@ -65,7 +65,12 @@ def main() -> None:
             cut = config.model_copy(update={"micro_batch_tokens": most})
             ran = elsewhere(there, ours, checkpoint, batches, cut, options.dtype)
             _keep(runs, turn, name, ran)
-        for name, (micro, statistics) in _TRL.items():
+        for name, micro, statistics in zip(
+            _TRL,
+            (1 if device == "cpu" else options.step_pairs, options.step_pairs),
+            (False, True),
+            strict=True,
+        ):
             if name not in options.without:
                 ran = elsewhere(
                     there, trls, checkpoint, batches, config, micro, statistics, options.dtype
@@ -76,6 +81,7 @@ def main() -> None:
         "method": options.method,
         "device": device,
         "dtype": options.dtype,
+        "step_pairs": options.step_pairs,
         "file": (options.hh or options.pairs_file).name,
         "n_tokens": sum(e.n_tokens for batch in batches[1:] for e in batch),
         "n_unique_tokens": sum(_unique(e) for batch in batches[1:] for e in batch),
@@ -118,6 +124,7 @@ def _ratios(runs: dict[str, list[Ran]]) -> dict[str, dict[str, float]]:
 def _shown(report: dict[str, Any]) -> str:
     lines = [
         f"{report['file']}, {report['method']}, {report['dtype']} on {report['device']}: "
+        f"{report['step_pairs']} pairs a step, "
         f"{report['n_tokens']:,} tokens with every prompt counted twice, "
         f"{report['n_unique_tokens']:,} once; {report['cores']} cores"
     ]

@@ -15,7 +15,6 @@ from pipeline.scoring.engines.base import sequence_sum
 from pipeline.scoring.engines.torch_engine import TorchEngine, torch_device
 from pipeline.training.data.examples import Example
 
-STEP_PAIRS = 4
 _SHIFTS = (1.0, -0.5)
 """Nats by which references are not the start's, so that no gradient weight is the same."""
 
@@ -50,8 +49,9 @@ def prepared(options: argparse.Namespace) -> tuple[Checkpoint, list[list[Example
                 tuple(logprobs[i] + shift for i, shift in zip(ids, _SHIFTS, strict=True)),
             )
         )
-    counted = [examples[i : i + STEP_PAIRS] for i in range(0, len(examples), STEP_PAIRS)]
-    shortest = sorted(examples, key=lambda example: example.n_tokens)[:STEP_PAIRS]
+    size = options.step_pairs
+    counted = [examples[i : i + size] for i in range(0, len(examples), size)]
+    shortest = sorted(examples, key=lambda example: example.n_tokens)[:size]
     return checkpoint, [shortest, *counted]
 
 

@@ -295,13 +295,9 @@ class Watched:
         self.calls: list[tuple[int, bool]] = []
 
     def score(self, groups: Sequence[Group], batch_tokens: int) -> list[list[np.ndarray]]:
-        n = sum(len(g.completions) for g in groups)
-        try:
-            found = self._engine.score(groups, batch_tokens)
-        except torch.OutOfMemoryError:
-            self.calls.append((n, False))
-            raise
-        self.calls.append((n, True))
+        self.calls.append((sum(len(g.completions) for g in groups), False))
+        found = self._engine.score(groups, batch_tokens)
+        self.calls[-1] = (self.calls[-1][0], True)
         return found
 
     def close(self) -> None:

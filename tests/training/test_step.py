@@ -1,6 +1,8 @@
 """The step's gradient by tensor: all weights, several copies, checkpointed, under autocast."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.models import Checkpoint
 from pipeline.names import key_of
-from pipeline.plan import Plan, TrainingConfig, load_plan
+from pipeline.plan import ObjectiveConfig, Plan, TrainingConfig, load_plan
 from pipeline.scoring.ledger import read_logprobs
 from pipeline.stages import train
 from pipeline.store import Store, read
@@ -19,6 +21,7 @@ from pipeline.training.data.examples import Example, training_pairs
 from pipeline.training.data.schedule import step_ids
 from pipeline.training.run.model import trainable_model
 from pipeline.training.run.replicas import Replicas, divide
+from pipeline.training.run.step import Work, run_step
 
 WritePlan = Any
 Gradients = dict[str, torch.Tensor]
@@ -43,18 +46,11 @@ def work(write_plan: WritePlan, tmp_path: Path) -> tuple[Plan, Store, list[Examp
     return plan, store, pairs[:5]
 
 
-def gradients(
-    plan: Plan, examples: list[Example], *, precision: Any = None, **how: Any
-) -> Gradients:
+def gradients(plan: Plan, examples: list[Example], **how: Any) -> Gradients:
     config = TrainingConfig(method="full", gradient_checkpointing=how.pop("checkpointing", False))
     start = Checkpoint(Path(plan.models["base"].checkpoint))
     model = trainable_model(start, plan.models["base"], config, CPU)
-    objective = plan.objectives["dpo"]
-    if precision is None:
-        stepped(model, examples, objective, **how)
-    else:
-        with torch.autocast("cpu", precision):
-            stepped(model, examples, objective, **how)
+    stepped(model, examples, plan.objectives["dpo"], **how)
     return {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -134,15 +130,51 @@ def test_checkpointed_layers_are_computed_twice(work: tuple[Plan, Store, list[Ex
     assert calls[0] == calls[1] + 1
 
 
-def test_under_autocast_gradients_are_float32s_and_near(
+@pytest.mark.parametrize("loss", ["dpo", "aot"])
+@pytest.mark.parametrize(
+    ("half", "threads", "checkpointing"),
+    [
+        (torch.bfloat16, 1, False),
+        (torch.bfloat16, 2, False),
+        (torch.bfloat16, 1, True),
+        (torch.float16, 1, False),
+    ],
+)
+def test_in_half_precision_gradients_are_float32s_and_near(
     work: tuple[Plan, Store, list[Example]],
+    loss: str,
+    half: torch.dtype,
+    threads: int,
+    checkpointing: bool,
 ) -> None:
+    """As on a GPU; of a loss that asks the model first, too, and in float16 with a loss scale."""
     plan, _, examples = work
-    found = gradients(plan, examples, precision=torch.bfloat16)
-    exact = gradients(plan, examples)
-    far = worst(found, exact)
-    measured(f"bfloat16 autocast: gradients within {far:.2f} of float32's")
-    assert 1e-4 < far < 0.2
+    objective = ObjectiveConfig.model_validate(
+        {"loss": loss, "beta": 0.1, "reference": "base", "start": "base"}
+    )
+    config = TrainingConfig(method="full", gradient_checkpointing=checkpointing)
+    start = Checkpoint(Path(plan.models["base"].checkpoint))
+    scaler = torch.amp.GradScaler("cpu", 1024.0, enabled=half == torch.float16)
+    on_the_way_back: set[bool] = set()
+    found: list[Gradients] = []
+    for autocast in (nullcontext, partial(torch.autocast, "cpu", half)):
+        model = trainable_model(start, plan.models["base"], config, CPU)
+        for parameter in model.parameters():
+            parameter.register_hook(lambda _: on_the_way_back.add(torch.is_autocast_enabled("cpu")))
+        step = Work(examples, 1, range(len(examples)), {})
+        how: dict[str, Any] = {"autocast": autocast}
+        if autocast is not nullcontext:
+            how["scale"] = scaler.scale
+        with Replicas(model, threads) as replicas:
+            run_step(replicas, step, objective, 64, lambda *_: None, **how)
+        scale = 1.0 if autocast is nullcontext else scaler.get_scale()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert {g.dtype for g in gradients.values()} == {torch.float32}
+        found.append({n: g.double() / scale for n, g in gradients.items()})
+    far = worst(found[1], found[0])
+    measured(f"{loss} under {half}, {threads} threads: gradients within {far:.3f} of float32's")
+    assert on_the_way_back == {False}
+    assert (1e-4 if half == torch.bfloat16 else 1e-5) < far < 0.2
 
 
 def test_parts_are_of_about_the_same_size_and_lose_nobody() -> None:

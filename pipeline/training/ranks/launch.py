@@ -19,8 +19,7 @@ def main(folder: str, n: str, module: str) -> int:
     logging.disable()  # of torchrun's words about errors: they are raised where it was started
     arguments = ["--standalone", "--nproc-per-node", n, "--local-addr", "127.0.0.1"]
     arguments += ["--log-dir", str(Path(folder) / "logs")]
-    if others := ",".join(f"{rank}:3" for rank in range(1, int(n))):
-        arguments += ["--redirects", others]  # what they print would be said twice
+    arguments += redirects(int(n))
     try:
         run(parse_args([*arguments, "-m", module, folder]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
@@ -28,6 +27,16 @@ def main(folder: str, n: str, module: str) -> int:
         write_ended(Path(folder), codes)
         return 1
     return 0
+
+
+def redirects(n: int) -> list[str]:
+    """Send what all but the first print to files: it would be said twice.
+
+    torchrun knows ranks of one digit here; of more than ten processes all are redirected.
+    """
+    if n == 1:
+        return []
+    return ["--redirects", "3" if n > 10 else ",".join(f"{rank}:3" for rank in range(1, n))]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The same training on a GPU and, in a process that sees none, on the CPU."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,7 +150,7 @@ def ran(
 def on_the_cpu(many: Sequence[Asked], folder: Path) -> list[Ran]:
     """Each trained in one process that sees no GPU; the updates come back by files."""
     folder.mkdir(parents=True, exist_ok=True)
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "CUDA_HOME": ""}
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     found = elsewhere(hidden, _trained_to_files, list(many), folder)
     return [
         replace(

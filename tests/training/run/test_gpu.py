@@ -137,7 +137,7 @@ def test_half_precision_trains_near_float32(
     dtype: str,
     method: str,
 ) -> None:
-    rate = 2e-4 if method == "lora" else 5e-6
+    rate = 1e-4 if method == "lora" else 2e-6
     schedule: dict[str, Any] = {
         "schedule": "constant",
         "warmup_share": 0.0,
@@ -161,7 +161,7 @@ def test_half_precision_trains_near_float32(
     assert all(norm < float("inf") for norm in half.norms)
     assert skipped <= (3 if dtype == "float16" else 0), "until the loss scale is low enough"
     assert last < first
-    assert far < 0.05
+    assert far < 0.1
     assert off < 1.0, "nearer than no update at all"
 
 
@@ -247,8 +247,8 @@ def test_training_goes_on_from_a_checkpoint(
     )
     assert len(resumed.losses) == len(whole.losses) == 10
     assert scales["resumed"] == scales["whole"]
-    assert off == 0.0 if noise == 0.0 else off <= UPDATE
-    assert control > UPDATE
+    assert off <= (0.0 if noise == 0.0 else max(UPDATE, 3 * noise))
+    assert control > max(UPDATE, 3 * off)
 
 
 # (d) Gradient checkpointing

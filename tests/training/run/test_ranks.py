@@ -23,6 +23,7 @@ from pipeline.training import objective
 from pipeline.training.data.schedule import step_ids
 from pipeline.training.policy import PolicyResult
 from pipeline.training.ranks.errors import cause_of, write_ended, write_error
+from pipeline.training.ranks.launch import redirects
 from pipeline.training.ranks.start import _environment, train_in_processes
 from training.run.runs import Desk, checkpoints, left_over, weights_of
 
@@ -271,6 +272,19 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _environment(n)["OMP_NUM_THREADS"] == each
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert _environment(1)["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 11, 64])
+def test_torchrun_takes_any_number_of_processes(n: int, tmp_path: Path) -> None:
+    from torch.distributed.run import config_from_args, parse_args
+
+    given = ["--nproc-per-node", str(n), "--log-dir", str(tmp_path), *redirects(n), "-m", "module"]
+    config, _, _ = config_from_args(parse_args(given))  # type: ignore[no-untyped-call]
+    envs = {rank: {"RANK": str(rank)} for rank in range(n)}
+    assert config.logs_specs is not None
+    to = config.logs_specs.reify(envs)
+    silent = [rank for rank in range(n) if to.stderrs[rank]]
+    assert silent == list(range(0 if n > 10 else 1, n))
 
 
 def test_a_plan_travels_as_json() -> None:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 TILE = 2048
 """Rows of the output layer that are multiplied at once: their logits fit in a core's cache."""
 
+_LOGITS = 1 << 23
+"""How many logits a GPU computes at once, unless a tile has more."""
+
 ROWS = 8
 """Fewer rows than this give other bits in MKL's matrix product."""
 
@@ -81,7 +84,7 @@ def joined(rows: Sequence[TargetScores]) -> TargetScores:
 
 
 def target_logprobs(
-    hidden: "torch.Tensor", targets: "torch.Tensor", head: Head, tile: int = TILE
+    hidden: "torch.Tensor", targets: "torch.Tensor", head: Head, tile: int | None = None
 ) -> "torch.Tensor":
     """Log-probs of `targets`, int64 [n], after `hidden` [n, d]: float32 [n], nats.
 
@@ -97,7 +100,7 @@ def target_scores(
     targets: "torch.Tensor",
     head: Head,
     extras: Sequence[str] = (),
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> TargetScores:
     """`target_logprobs`, with `extras` (some of `EXTRAS`) gathered in the same pass.
 
@@ -105,6 +108,7 @@ def target_scores(
     """
     import torch
 
+    tile = tile or _tile_of(hidden)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         # The way back is outside the block: what it multiplies must be of one dtype by itself.
@@ -195,6 +199,13 @@ def _forward(
     if IS_TOP1 in extras:
         found[IS_TOP1] = (chosen >= top).float()
     return chosen, top + mass.log(), [found[name] for name in extras]
+
+
+def _tile_of(hidden: "torch.Tensor") -> int:
+    """Rows of the output layer at once: a GPU has no cache to keep to, and few rows are slow."""
+    if hidden.device.type == "cpu":
+        return TILE
+    return max(1, _LOGITS // (TILE * max(1, len(hidden)))) * TILE
 
 
 def _logits(hidden: "torch.Tensor", head: Head, start: int, tile: int) -> "torch.Tensor":
