@@ -137,7 +137,7 @@ def test_half_precision_trains_near_float32(
     dtype: str,
     method: str,
 ) -> None:
-    rate = 1e-4 if method == "lora" else 2e-6
+    rate = 2e-4 if method == "lora" else 5e-6
     schedule: dict[str, Any] = {
         "schedule": "constant",
         "warmup_share": 0.0,
@@ -150,11 +150,12 @@ def test_half_precision_trains_near_float32(
     )  # fmt: skip
     exact = ran(one, tmp_path / "exact")
     half = ran(one.but(dtype), tmp_path / "half", require_float32)
-    far, off = farthest(half.losses, exact.losses), apart(half.update, exact.update)
+    # The first alone is of the same weights; from then on a skipped step is one behind.
+    far, off = abs(half.losses[0] - exact.losses[0]), apart(half.update, exact.update)
     skipped = half.norms.count(0.0)
     first, last = (sum(half.losses[i : i + 2]) / 2 for i in (0, 6))
     measured(
-        f"{dtype}, {method}: losses {first:.4f} to {last:.4f}, within {far:.1e} of float32's; "
+        f"{dtype}, {method}: losses {first:.4f} to {last:.4f}, the first {far:.1e} from float32's; "
         f"update {off:.2f} off; first step {half.first_difference:.1e} nats from the tables; "
         f"{skipped} steps skipped"
     )
@@ -162,7 +163,7 @@ def test_half_precision_trains_near_float32(
     assert skipped <= (3 if dtype == "float16" else 0), "until the loss scale is low enough"
     assert last < first
     assert far < 0.1
-    assert off < 1.0, "nearer than no update at all"
+    assert off < 0.5, "no update at all is 1 off"
 
 
 def require_float32(run: Run) -> Callable[[], None]:
