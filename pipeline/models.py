@@ -19,7 +19,6 @@ from pipeline.errors import ModelError
 from pipeline.ids import content_id
 from pipeline.plan import ModelConfig
 from pipeline.store import Store, file_digest, whole_directory
-from pipeline.store import publish_directory as publish_directory  # of checkpoints, too
 
 if TYPE_CHECKING:
     import torch

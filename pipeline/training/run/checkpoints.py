@@ -8,7 +8,6 @@ is passed over for the one before it.
 import json
 import logging
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TrainingError
 from pipeline.failpoints import reach
-from pipeline.models import publish_directory
-from pipeline.store import file_digest
+from pipeline.store import file_digest, whole_directory
 from pipeline.training.run.sharding import gathered, put
 
 if TYPE_CHECKING:
@@ -87,28 +85,24 @@ def save_checkpoint(
     final = folder / _name(standing.step)
     if not first or final.exists():
         return
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        reach("checkpoint.begun")
-        for name, of_file in tensors.items():
-            save_file(of_file, temporary / name)
-        random = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        save_file(random, temporary / "random.safetensors")
-        reach("checkpoint.written")
-        state = {
-            "standing": vars(standing),
-            "files": {file.name: file_digest(file) for file in temporary.glob("*.safetensors")},
-        }
-        (temporary / "state.json").write_text(json.dumps(state))
-        publish_directory(temporary, final)
+        with whole_directory(final) as temporary:
+            reach("checkpoint.begun")
+            for name, of_file in tensors.items():
+                save_file(of_file, temporary / name)
+            random = {"cpu": torch.get_rng_state()}
+            if torch.cuda.is_available():
+                random["cuda"] = torch.cuda.get_rng_state()
+            save_file(random, temporary / "random.safetensors")
+            reach("checkpoint.written")
+            state = {
+                "standing": vars(standing),
+                "files": {file.name: file_digest(file) for file in temporary.glob("*.safetensors")},
+            }
+            (temporary / "state.json").write_text(json.dumps(state))
         reach("checkpoint.published")
     except (OSError, SafetensorError) as error:  # the latter for a full disk, too
         raise TrainingError(f"step {standing.step}: no checkpoint in {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     best = None if standing.best is None else standing.best[0]
     for step, directory in _all(folder)[:-keep]:
         if step != best:

@@ -2,8 +2,8 @@
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pipeline.errors import TrainingError
 from pipeline.models import Checkpoint
 from pipeline.plan import ModelConfig, ObjectiveConfig, TrainingConfig
 from pipeline.progress import progress
+from pipeline.scoring.memory import is_out_of_memory
 from pipeline.training.data.examples import Example
 from pipeline.training.data.schedule import step_ids
 from pipeline.training.run.checkpoints import (
@@ -110,10 +111,26 @@ def train(job: Job, devices: Devices) -> Trained:
 
         while standing.step < len(schedule) and not run.stopped():
             batch = [by_id[i] for i in schedule[standing.step]]
-            loss = run.step(batch, report)
+            with _within_memory(standing.step + 1):
+                loss = run.step(batch, report)
             bar.bar.set_description_str(f"train {job.name} loss {loss:.4f}", refresh=False)
         trained = run.finish()
     return run.trained(trained)
+
+
+@contextmanager
+def _within_memory(step: int) -> Iterator[None]:
+    """Say of a step that does not fit what would make it smaller."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"step {step}: out of memory (a smaller training.micro_batch_tokens takes less, and so "
+            "does training.gradient_checkpointing; neither changes a result beyond rounding): "
+            f"{error}"
+        ) from error
 
 
 class Run:

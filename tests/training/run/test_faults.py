@@ -78,6 +78,21 @@ def test_a_number_that_is_not_finite(write_plan: Any, tmp_path: Path, training: 
         assert left_over(store) == []
 
 
+def test_what_does_not_fit_says_what_would(write_plan: Any, tmp_path: Path) -> None:
+    desk = Desk(write_plan, tmp_path, training=LORA)
+    undisturbed = desk.trained()
+
+    def too_much(replicas: Replicas, result: StepResult) -> StepResult:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    plan, store = desk.copy()
+    said = r"^step 6: out of memory .*micro_batch_tokens.*gradient_checkpointing.*2\.00 GiB"
+    with poisoned(6, too_much), pytest.raises(TrainingError, match=said):
+        train(plan, store, "dpo")
+    assert checkpoints(store)[-1].name == "step-00000005"
+    require_same(train(plan, store, "dpo"), undisturbed)
+
+
 def test_a_gradient_explodes_of_itself(write_plan: Any, tmp_path: Path) -> None:
     """Step 0 is a tie, whose loss is log 2 whatever beta is; the gradient is beta times another."""
     objective = {"loss": "dpo", "beta": 1e39, "reference": "base", "start": "base"}
