@@ -120,6 +120,16 @@ def farthest(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+def on_other_threads(run: Callable[[], tuple[list[float], Weights]]) -> tuple[list[float], Weights]:
+    """The same with torch on another number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def compare(work: Work, loss: str, said: str, all_controls: bool = True) -> None:
     """The acceptance and its controls; at least that of another beta.
 
@@ -147,8 +157,15 @@ def compare(work: Work, loss: str, said: str, all_controls: bool = True) -> None
         f"off; controls: {shown}"
     )
     assert moved >= 0.01, "something was learnt"
-    assert far <= LOSS
-    assert off <= UPDATE
+    allowed = (LOSS, UPDATE)
+    if far > LOSS or off > UPDATE:
+        # IPO's loss begins at 25 and changes by 10 for a nat: TRL's own float32 shows in it.
+        again, again_update = on_other_threads(lambda: trls(work, loss))
+        noise = farthest(again, theirs), apart(again_update, their_update)
+        measured(f"{said}: TRL on other threads {noise[0]:.1e} {noise[1]:.1e} from itself")
+        allowed = max(LOSS, 2 * noise[0]), max(UPDATE, 2 * noise[1])
+    assert far <= allowed[0]
+    assert off <= allowed[1]
     for name, (of_losses, of_update) in wrong.items():
         # Of a hinge, beta scales the gradient alone, which AdamW does not see.
         assert farthest(losses, of_losses) > LOSS or apart(update, of_update) > UPDATE, name
@@ -186,7 +203,7 @@ def test_ten_steps_on_real_rows_are_trls(
             models={"base": {"checkpoint": str(packaged_model.path)}},
             training={
                 "method": method, "max_steps": STEPS, "batch_pairs": 2,
-                "learning_rate": 2e-4 if method == "lora" else 2e-6, "warmup_share": 0.1,
+                "learning_rate": 2e-4 if method == "lora" else 5e-6, "warmup_share": 0.1,
             },
         )
     )  # fmt: skip
