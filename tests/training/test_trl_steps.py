@@ -120,18 +120,12 @@ def farthest(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def on_other_threads(run: Callable[[], tuple[list[float], Weights]]) -> tuple[list[float], Weights]:
-    """The same with torch on another number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if threads > 1 else 2)
-    try:
-        return run()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def compare(work: Work, loss: str, said: str, all_controls: bool = True) -> None:
+def compare(
+    work: Work, loss: str, said: str, *, all_controls: bool = True, steepness: float = 1.0
+) -> None:
     """The acceptance and its controls; at least that of another beta.
+
+    `steepness` is how far the loss moves for a nat, above 1.
 
     A bug in TRL's own order of rows would show in the loss; in a gradient, in the update.
     """
@@ -157,15 +151,8 @@ def compare(work: Work, loss: str, said: str, all_controls: bool = True) -> None
         f"off; controls: {shown}"
     )
     assert moved >= 0.01, "something was learnt"
-    allowed = (LOSS, UPDATE)
-    if far > LOSS or off > UPDATE:
-        # IPO's loss begins at 25 and changes by 10 for a nat: TRL's own float32 shows in it.
-        again, again_update = on_other_threads(lambda: trls(work, loss))
-        noise = farthest(again, theirs), apart(again_update, their_update)
-        measured(f"{said}: TRL on other threads {noise[0]:.1e} {noise[1]:.1e} from itself")
-        allowed = max(LOSS, 2 * noise[0]), max(UPDATE, 2 * noise[1])
-    assert far <= allowed[0]
-    assert off <= allowed[1]
+    assert far <= LOSS * steepness
+    assert off <= UPDATE
     for name, (of_losses, of_update) in wrong.items():
         # Of a hinge, beta scales the gradient alone, which AdamW does not see.
         assert farthest(losses, of_losses) > LOSS or apart(update, of_update) > UPDATE, name
@@ -208,8 +195,11 @@ def test_ten_steps_on_real_rows_are_trls(
         )
     )  # fmt: skip
     work = work_of(plan, store, loss, tmp_path / "checkpoints")
+    # IPO's loss begins at 25 and moves by 1/beta for a nat a token: 1e-5 of it would be 1e-6 nats.
+    steepness = 1 / VALUES[loss]["beta"] if loss == "ipo_mean" else 1.0
+    said = f"{loss}, {method}, real"
     # Each run of TRL takes a minute.
-    compare(work, loss, f"{loss}, {method}, real", all_controls=loss == "dpo")
+    compare(work, loss, said, all_controls=loss == "dpo", steepness=steepness)
 
 
 def _objective(loss: str) -> dict[str, Any]:
