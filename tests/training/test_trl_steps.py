@@ -190,7 +190,7 @@ def test_ten_steps_on_real_rows_are_trls(
             models={"base": {"checkpoint": str(packaged_model.path)}},
             training={
                 "method": method, "max_steps": STEPS, "batch_pairs": 2,
-                "learning_rate": 2e-4 if method == "lora" else 5e-6, "warmup_share": 0.1,
+                "learning_rate": 2e-4 if method == "lora" else 1.5e-5, "warmup_share": 0.1,
             },
         )
     )  # fmt: skip
