@@ -54,7 +54,7 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     goes on with it.
 
     Raises:
-        TrainingError: as `prepare` and `train_policy`.
+        TrainingError: as `prepare`, `refuse_adapter` and `train_policy`.
         ModelError: as `require_adapters`.
         LogratioError: as `train_in_processes`, if there are to be several.
         StoreError: the checkpoints' folder cannot be locked.

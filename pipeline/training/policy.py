@@ -116,7 +116,6 @@ def train_policy(
         TrainingError: the first step does not agree with the tables, or a loss or gradient is not
             finite; names the step.
     """
-    refuse_adapter(job)
     final = store.policies / identifier
     if final.exists():
         return load_policy(final, trained=False)

@@ -111,7 +111,7 @@ def train(job: Job, devices: Devices) -> Trained:
 
         while standing.step < len(schedule) and not run.stopped():
             batch = [by_id[i] for i in schedule[standing.step]]
-            with _within_memory(standing.step + 1):
+            with _saying_what_would_fit(standing.step + 1):
                 loss = run.step(batch, report)
             bar.bar.set_description_str(f"train {job.name} loss {loss:.4f}", refresh=False)
         trained = run.finish()
@@ -119,7 +119,7 @@ def train(job: Job, devices: Devices) -> Trained:
 
 
 @contextmanager
-def _within_memory(step: int) -> Iterator[None]:
+def _saying_what_would_fit(step: int) -> Iterator[None]:
     """Say of a step that does not fit what would make it smaller."""
     try:
         yield

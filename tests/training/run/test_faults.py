@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from scoring.oracle import build_adapter
 from support import build_tiny_model, measured, prepared, tokenized
 
 from pipeline import failpoints
@@ -255,3 +256,15 @@ def test_an_adapter_that_could_not_be_scored_is_not_trained(
     assert asked == [plan.models["base"]]
     assert checkpoints(store) == []
     assert desk.trained("training.method=full").steps.height == 1
+
+
+def test_no_adapter_is_trained_on_an_adapter(
+    write_plan: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = build_adapter(tiny_model, tmp_path / "adapter", target_modules=["v_proj"])
+    models = {"base": {"checkpoint": str(tiny_model), "adapter": str(adapter)}}
+    desk = Desk(write_plan, tmp_path, training=STEPS, models=models)
+    plan, store = desk.copy()
+    with pytest.raises(TrainingError, match="start 'base' is an adapter; merge it first"):
+        train(plan, store, "dpo")
+    assert checkpoints(store) == []
