@@ -6,7 +6,9 @@ The pairs are the first usable ones of the file, in its order, 4 to an optimiser
 are given to both. TRL runs at its best setting (on a CPU a pair at a time with accumulation; what
 it computes for its metrics alone left out) and with a step's pairs at once, as it is. Every run is
 a process of its own, so that what it keeps resident is its own; its first step, on the shortest
-pairs, is not counted. Ratios are of runs in one turn. On a GPU the memory is the GPU's, of tensors.
+pairs, is not counted. The steps are made again and again, in passes: what a process had not yet of
+memory, which can be slow to get, is in the first. Ratios are of runs in one turn, pass by pass. On
+a GPU the memory is the GPU's, of tensors.
 
 Nothing else should run meanwhile.
 """
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--pairs-file", type=Path, default=_SAMPLE, help="conversational pairs")
     parser.add_argument("--hh", type=Path, help="HH transcripts instead, JSON lines or gzipped")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=2, help="over the same pairs, in one run")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--step-pairs", type=int, default=4, help="pairs to an optimiser step")
@@ -53,7 +56,8 @@ def main() -> None:
     device, there = device_of(options.device)
     if options.dtype != "float32" and device == "cpu":
         parser.error("--dtype: a CPU trains in float32")
-    checkpoint, batches = elsewhere(there, prepared, options)
+    checkpoint, (shortest, *counted) = elsewhere(there, prepared, options)
+    batches = [shortest, *counted * options.passes]
     config = TrainingConfig(
         method=options.method, learning_rate=1e-6, schedule="constant", warmup_share=0.0
     )
@@ -64,7 +68,7 @@ def main() -> None:
             name = "ours" if most is None else f"ours, {most} tokens"
             cut = config.model_copy(update={"micro_batch_tokens": most})
             ran = elsewhere(there, ours, checkpoint, batches, cut, options.dtype)
-            _keep(runs, turn, name, ran)
+            _keep(runs, turn, name, ran, options.steps)
         for name, micro, statistics in zip(
             _TRL,
             (1 if device == "cpu" else options.step_pairs, options.step_pairs),
@@ -75,7 +79,7 @@ def main() -> None:
                 ran = elsewhere(
                     there, trls, checkpoint, batches, config, micro, statistics, options.dtype
                 )
-                _keep(runs, turn, name, ran)
+                _keep(runs, turn, name, ran, options.steps)
     report = {
         "model": options.model,
         "method": options.method,
@@ -83,11 +87,12 @@ def main() -> None:
         "dtype": options.dtype,
         "step_pairs": options.step_pairs,
         "file": (options.hh or options.pairs_file).name,
-        "n_tokens": sum(e.n_tokens for batch in batches[1:] for e in batch),
-        "n_unique_tokens": sum(_unique(e) for batch in batches[1:] for e in batch),
+        "n_tokens": sum(e.n_tokens for batch in counted for e in batch),
+        "n_unique_tokens": sum(_unique(e) for batch in counted for e in batch),
         "cores": len(os.sched_getaffinity(0)),
         "runs": {name: [vars(ran) for ran in ran_of] for name, ran_of in runs.items()},
-        "ratios": _ratios(runs),
+        "steps": options.steps,
+        "ratios": [_ratios(runs, i, options.steps) for i in range(options.passes)],
     }
     options.output.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(f"{_shown(report)}\n{options.output}\n")
@@ -97,19 +102,24 @@ def _unique(example: Example) -> int:
     return len(example.prompt_ids) + sum(len(reply.ids) for reply in example.replies)
 
 
-def _keep(runs: dict[str, list[Ran]], turn: int, name: str, ran: Ran) -> None:
+def _keep(runs: dict[str, list[Ran]], turn: int, name: str, ran: Ran, steps: int) -> None:
     runs.setdefault(name, []).append(ran)
-    said = f"{sum(ran.seconds):.2f} s, {ran.peak_mib:.0f} MiB"
+    said = ", ".join(f"{seconds:.2f} s" for seconds in _by_pass(ran.seconds, steps))
     losses = " ".join(f"{loss:.6f}" for loss in ran.losses)
-    sys.stderr.write(f"turn {turn + 1}: {name}: {said}, losses {losses}\n")
+    sys.stderr.write(f"turn {turn + 1}: {name}: {said}, {ran.peak_mib:.0f} MiB, losses {losses}\n")
 
 
-def _ratios(runs: dict[str, list[Ran]]) -> dict[str, dict[str, float]]:
+def _by_pass(seconds: list[float], steps: int) -> list[float]:
+    return [sum(seconds[i : i + steps]) for i in range(0, len(seconds), steps)]
+
+
+def _ratios(runs: dict[str, list[Ran]], which_pass: int, steps: int) -> dict[str, dict[str, float]]:
     found = {}
     for mine in (name for name in runs if name.startswith("ours")):
         for name in (name for name in _TRL if name in runs):
             ratios = [
-                sum(b.seconds) / sum(a.seconds) for a, b in zip(runs[mine], runs[name], strict=True)
+                _by_pass(b.seconds, steps)[which_pass] / _by_pass(a.seconds, steps)[which_pass]
+                for a, b in zip(runs[mine], runs[name], strict=True)
             ]
             found[f"{mine} over {name}"] = {
                 "median": median(ratios),
@@ -129,14 +139,17 @@ def _shown(report: dict[str, Any]) -> str:
         f"{report['n_unique_tokens']:,} once; {report['cores']} cores"
     ]
     for name, runs in report["runs"].items():
-        seconds = median(sum(run["seconds"]) for run in runs)
+        passes = [_by_pass(run["seconds"], report["steps"]) for run in runs]
+        seconds = " ".join(f"{median(of_pass):8.2f}" for of_pass in zip(*passes, strict=True))
         peak = max(run["peak_mib"] for run in runs)
-        lines.append(f"{name:20} {seconds:8.2f} s {peak:8.0f} MiB")
-    for name, ratio in report["ratios"].items():
-        lines.append(
-            f"{name}: {ratio['median']:.2f} times as fast ({ratio['least']:.2f} to "
-            f"{ratio['most']:.2f}), at {ratio['memory']:.2f} of its memory"
-        )
+        lines.append(f"{name:20} {seconds} s {peak:8.0f} MiB")
+    for i, ratios in enumerate(report["ratios"]):
+        for name, ratio in ratios.items():
+            lines.append(
+                f"pass {i + 1}: {name}: {ratio['median']:.2f} times as fast "
+                f"({ratio['least']:.2f} to {ratio['most']:.2f}), at {ratio['memory']:.2f} of its "
+                "memory"
+            )
     return "\n".join(lines)
 
 

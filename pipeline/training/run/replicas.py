@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.scoring.engines.forward import Forward, Within
+from pipeline.scoring.engines.forward.vocabulary import keep_gradients
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,9 @@ class Replicas:
         elif n is None:
             n = min(self._n_cores, _MOST) if on_cpu and forward.sharing.exact else 1
         self.forwards = [forward, *(forward.over(_twin(model)) for _ in range(n - 1))]
+        if on_cpu and not self.sharded:
+            for each in self.forwards:
+                keep_gradients(each.model)
         self._parameters = [
             [p for p in f.model.parameters() if p.requires_grad] for f in self.forwards
         ]

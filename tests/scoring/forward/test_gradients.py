@@ -11,6 +11,7 @@ from pipeline.models import Checkpoint
 from pipeline.scoring.engines.base import Group
 from pipeline.scoring.engines.forward import Forward
 from pipeline.scoring.engines.forward import model as model_module
+from pipeline.scoring.engines.forward.vocabulary import KeptGradient, keep_gradients
 from scoring.forward.families import FAMILIES, LAYOUTS, build, loaded, some_groups
 
 
@@ -63,3 +64,50 @@ def test_gradients_of_every_tensor_are_those_of_float64(
         scale = gradient.abs().max()
         error = (found[tensor].double() - gradient).abs().max()
         assert error <= 2e-3 * scale + 1e-6, f"{tensor}: {error:.1e} of {scale:.1e}"
+
+
+def backward_group_by_group(forward: Forward, groups: list[Group]) -> None:
+    """The gradient of `weighted` over all groups, from a pass for each."""
+    n_before = 0
+    for group in groups:
+        (rows,) = forward.logprobs([group])
+        nothing = [row.new_zeros(1) for row in rows[:1] * n_before]
+        torch.autograd.backward(weighted([*nothing, *rows]))
+        n_before += len(rows)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "phi"])
+def test_gradients_over_the_vocabulary_keep_their_memory(
+    name: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = some_groups(1, n=2)
+    padding = int(groups[0].prompt_ids[3])  # its embedding has no gradient
+    checkpoint = build(tmp_path, FAMILIES[name], pad_token_id=padding, tie_word_embeddings=tied)
+    expected = plain_float64(checkpoint, groups)
+    model = loaded(checkpoint)
+    forward = Forward(model)
+    keep_gradients(model)
+    weight = model.get_output_embeddings().weight
+    assert (weight is model.get_input_embeddings().weight) == tied
+    places = set()
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        backward_group_by_group(forward, groups)
+        places.add(weight.grad.data_ptr())
+        for tensor, gradient in expected.items():
+            found = model.get_parameter(tensor).grad
+            error = (found.double() - gradient).abs().max()
+            assert error <= 2e-3 * gradient.abs().max() + 1e-6, tensor
+    assert len(places) == 1
+
+    real = KeptGradient.begin
+    monkeypatch.setattr(KeptGradient, "begin", lambda kept: (real(kept)[0], True))
+    model.zero_grad(set_to_none=True)
+    backward_group_by_group(forward, groups)
+    wrong = (weight.grad.double() - expected[names(model)[weight]]).abs().max()
+    assert wrong > 0.1 * expected[names(model)[weight]].abs().max(), "the control: written over"
+
+
+def names(model: Any) -> dict[torch.nn.Parameter, str]:
+    return {p: n for n, p in model.named_parameters()}

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from pipeline.scoring.engines.forward.vocabulary import KeptGradient
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,12 +30,16 @@ nats; `is_top1`: 1 where no other token has a larger logit, else 0.
 
 @dataclass(frozen=True)
 class Head:
-    """An output layer [V, d] with its bias [V], and what a config says is done to its logits."""
+    """An output layer [V, d] with its bias [V], and what a config says is done to its logits.
+
+    The weight's gradient goes to `kept`, if there is one, and autograd sees none.
+    """
 
     weight: "torch.Tensor"
     bias: "torch.Tensor | None"
     scale: float = 1.0
     cap: float | None = None
+    kept: KeptGradient | None = None
 
 
 def head_of(model: Any) -> Head | None:
@@ -46,7 +52,8 @@ def head_of(model: Any) -> Head | None:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, layer.bias, scale, cap, getattr(layer, "kept_gradient", None))
 
 
 @dataclass(frozen=True)
@@ -114,14 +121,15 @@ def target_scores(
         # The way back is outside the block: what it multiplies must be of one dtype by itself.
         dtype = torch.get_autocast_dtype(kind)
         bias = None if head.bias is None else head.bias.to(dtype)
-        hidden, head = hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias)
+        hidden = hidden.to(dtype)
+        head = replace(head, weight=head.weight.to(dtype), bias=bias, kept=None)
     n, wanted = len(targets), tuple(extras)
     if missing := max(0, ROWS - n):
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
         targets = torch.nn.functional.pad(targets, (0, missing))
     if torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad):
         logprobs, *found = _function().apply(
-            hidden, targets, head.weight, head.bias, head.scale, head.cap, tile, wanted
+            hidden, targets, head.weight, head.bias, head, tile, wanted
         )
     else:
         chosen, total, found = _forward(hidden, targets, head, tile, wanted)
@@ -240,26 +248,29 @@ def _function() -> Any:
             targets: torch.Tensor,
             weight: torch.Tensor,
             bias: torch.Tensor | None,
-            scale: float,
-            cap: float | None,
+            head: Head,
             tile: int,
             extras: tuple[str, ...],
         ) -> tuple[torch.Tensor, ...]:
-            head = Head(weight, bias, scale, cap)
             chosen, total, found = _forward(hidden, targets, head, tile, extras)
             ctx.save_for_backward(hidden, targets, weight, bias, total)
-            ctx.how = scale, cap, tile
+            ctx.how = head.scale, head.cap, head.kept, tile
             ctx.mark_non_differentiable(*found)
             return chosen - total, *found
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> Any:
             hidden, targets, weight, bias, total = ctx.saved_tensors
-            scale, cap, tile = ctx.how
+            scale, cap, kept, tile = ctx.how
             head = Head(weight, bias, scale, cap)
             wanted = ctx.needs_input_grad
             d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
-            d_weight = torch.zeros_like(weight) if wanted[2] else None
+            d_weight, anew = None, True
+            if wanted[2] and kept is None:
+                d_weight = torch.empty_like(weight)
+            elif wanted[2]:
+                d_weight, anew = kept.begin()
+            beta = 0 if anew else 1
             d_bias = torch.zeros_like(bias) if bias is not None and wanted[3] else None
             for start in range(0, len(weight), tile):
                 logits = _logits(hidden, head, start, tile)
@@ -273,11 +284,12 @@ def _function() -> Any:
                 if d_hidden is not None:
                     d_hidden += back @ weight[part]
                 if d_weight is not None:
-                    d_weight[part] = back.T @ hidden
+                    d_weight[part].addmm_(back.T, hidden, beta=beta)
                 if d_bias is not None:
                     d_bias[part] = back.sum(0)
             if d_hidden is not None:
                 d_hidden = d_hidden.to(hidden.dtype)
-            return d_hidden, None, d_weight, d_bias, None, None, None, None
+            shown = d_weight if kept is None else None
+            return d_hidden, None, shown, d_bias, None, None, None
 
     return TargetLogProbs

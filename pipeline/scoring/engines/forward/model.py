@@ -143,7 +143,8 @@ class Forward:
         import torch
 
         rows = [(group.prompt_ids, c) for group in groups for c in group.completions]
-        tree = grow([np.concatenate([prompt, c.ids]) for prompt, c in rows])
+        # From the last token nothing is predicted.
+        tree = grow([np.concatenate([prompt, c.ids[:-1]]) for prompt, c in rows])
         device = self.model.device
         missing = max(0, FEWEST_ROWS - len(tree.ids))
         ids, positions = (
