@@ -34,6 +34,7 @@ POINTS = (
     "checkpoint.published",  # it has its name, and the ones before are still there
     "policy.begun",  # a policy's folder is there under a temporary name, empty
     "policy.written",  # all is in it
+    "policy.published",  # it has its name, and its checkpoints are still there
 )
 """Every point, in the order of the modules that have them."""
 

@@ -62,6 +62,8 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     prepared = prepare(plan, store, name)
     if isinstance(prepared, PolicyResult):
         return prepared
+    if prepared.balance is not None and prepared.balance.advice is not None:
+        _log.warning("objective '%s': %s", name, prepared.balance.advice)
     refuse_adapter(prepared.job)
     if plan.training.method == "lora":
         require_adapters(plan.scored_as(name))  # before hours of training, not after
@@ -70,7 +72,7 @@ def train_objective(plan: Plan, store: Store, name: str) -> PolicyResult:
     def say() -> None:
         _log.warning("objective '%s': waiting for another run, which trains its policy", name)
 
-    if final.exists():
+    if final.exists() and not checkpoints.exists():
         result = load_policy(final, trained=False)
     else:
         with locked(checkpoints, alone=True, waiting=say):
@@ -141,8 +143,6 @@ def prepare(plan: Plan, store: Store, name: str) -> Prepared | PolicyResult:
         kept_out = kept_out.first(plan.training.evaluation_pairs, "evaluated")
         held_out = training_examples(objective, kept_out, sequences, reference, split="test")
     balance = class_balance(examples, objective.values)
-    if balance is not None and balance.advice is not None:
-        _log.warning("objective '%s': %s", name, balance.advice)
     identifier = policy_id(here, reference_key, objective, plan.training, examples, held_out)
     job = Job(
         name,

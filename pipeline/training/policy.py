@@ -118,6 +118,7 @@ def train_policy(
     """
     final = store.policies / identifier
     if final.exists():
+        shutil.rmtree(job.checkpoints, ignore_errors=True)  # of who was killed before it did so
         return load_policy(final, trained=False)
     logs = store.directory / "tensorboard" / f"{job.name}-{identifier}"
     devices = Devices(job.config, job.numerics.dtype, job.name, logs)
@@ -190,6 +191,7 @@ def _save(
             }
             write_record(temporary, record)
             reach("policy.written")
+        reach("policy.published")
     except (OSError, SafetensorError) as error:  # the latter for a full disk, too
         raise TrainingError(
             f"step {trained.steps.height}: the policy cannot be written to {final}: {error}"

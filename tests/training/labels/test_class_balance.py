@@ -15,6 +15,7 @@ from pipeline.stages import train
 from pipeline.store import Store
 from pipeline.training.data.balance import class_balance
 from pipeline.training.data.examples import Example
+from pipeline.training.objective import Prepared, prepare
 
 WritePlan = Any
 WriteLabels = Callable[..., dict[str, str]]
@@ -94,6 +95,9 @@ def test_weights_outside_the_papers_bounds_are_warned_of(
     assert (result.balance.n_desirable, result.balance.n_undesirable) == (13, 7)
     assert "objective 'plain': 13 desirable and 7 undesirable rows" in caplog.text
     caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(prepare(plan, store, "plain"), Prepared)
+    assert "undesirable rows" not in caplog.text, "every process of several prepares"
     even = {**plain, "undesirable_weight": 1.6}
     plan, store = prepared_with(write_plan, write_labels, even)
     with caplog.at_level(logging.WARNING):

@@ -103,13 +103,24 @@ def test_killed_while_a_checkpoint_is_written(write_plan: Any, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("point", "stand"), [("begun", 2), ("written", 2), ("published", 4), ("policy", 10)]
+    ("fault", "stand"),
+    [
+        ("checkpoint.begun:kill@2", 2),
+        ("checkpoint.written:kill@2", 2),
+        ("checkpoint.published:kill@2", 4),
+        ("policy.begun:kill", 10),
+        ("policy.written:kill", 10),
+    ],
 )
-def test_killed_at_every_point(write_plan: Any, tmp_path: Path, point: str, stand: int) -> None:
+def test_killed_at_every_point(write_plan: Any, tmp_path: Path, fault: str, stand: int) -> None:
     desk = Desk(write_plan, tmp_path, training={**FULL, "max_steps": 11})
-    fault = "policy.written:kill" if point == "policy" else f"checkpoint.{point}:kill@2"
     assert fault.partition(":")[0] in POINTS
     killed_at(desk, fault, stand)
+
+
+def test_killed_before_its_checkpoints_are_removed(write_plan: Any, tmp_path: Path) -> None:
+    """The policy is there; the next run that wants it clears up."""
+    killed_at(Desk(write_plan, tmp_path, training=FULL), "policy.published:kill", 10)
 
 
 def stopped(desk: Desk, after: int) -> tuple[Any, Store]:
