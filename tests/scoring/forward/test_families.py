@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import measured
+from transformers.models.llama import modeling_llama
 
 from pipeline.scoring.engines.base import Group, Sharing
 from pipeline.scoring.engines.forward import Forward, model
@@ -80,6 +81,25 @@ def test_what_cannot_share_goes_the_plain_way_and_says_so(
     groups = some_groups(7)
     with torch.inference_mode():
         assert largest_error(forward.logprobs(groups), groups, oracle) < TOLERANCE
+
+
+def test_a_model_without_eager_attention_is_loaded_and_goes_the_plain_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = build(tmp_path, FAMILIES["llama"])
+    oracle, groups = Oracle(checkpoint, "sdpa"), some_groups(7)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("there is none")
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", broken)
+    forward = Forward(loaded(checkpoint, "sdpa"))
+    reason = "it fails with eager attention: RuntimeError: there is none"
+    assert (forward.sharing.shared, forward.sharing.reason) == (False, reason)
+    with torch.inference_mode():
+        assert largest_error(forward.logprobs(groups), groups, oracle) < TOLERANCE
+    with pytest.raises(RuntimeError, match="there is none"):
+        Forward(loaded(checkpoint, "eager"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])

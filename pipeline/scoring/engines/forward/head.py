@@ -265,21 +265,20 @@ def _function() -> Any:
             head = Head(weight, bias, scale, cap)
             wanted = ctx.needs_input_grad
             d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
-            d_weight, anew = None, True
-            if wanted[2] and kept is None:
-                d_weight = torch.empty_like(weight)
-            elif wanted[2]:
-                d_weight, anew = kept.begin()
-            beta = 0 if anew else 1
+            d_weight, beta = None, 0  # beta: whether what is there counts
+            if wanted[2]:
+                d_weight, anew = (torch.empty_like(weight), True) if kept is None else kept.begin()
+                beta = 0 if anew else 1
             d_bias = torch.zeros_like(bias) if bias is not None and wanted[3] else None
             for start in range(0, len(weight), tile):
                 logits = _logits(hidden, head, start, tile)
-                # The slope of capping and scaling, before the logits are written over.
-                slope = scale if cap is None else (1 - (logits / cap).square()) * scale
+                # The slope of capping, before the logits are written over.
+                slope = None if cap is None else 1 - (logits / cap).square()
                 inside, at = _inside(targets, start, logits.shape[1])
                 back = logits.sub_(total[:, None]).exp_().neg_()
                 back.scatter_add_(1, at[:, None], inside.to(back.dtype)[:, None])
-                back = (back * grad[:, None] * slope).to(weight.dtype)
+                back.mul_(grad[:, None] * scale)
+                back = (back if slope is None else back.mul_(slope)).to(weight.dtype)
                 part = slice(start, start + tile)
                 if d_hidden is not None:
                     d_hidden += back @ weight[part]
@@ -289,7 +288,7 @@ def _function() -> Any:
                     d_bias[part] = back.sum(0)
             if d_hidden is not None:
                 d_hidden = d_hidden.to(hidden.dtype)
-            shown = d_weight if kept is None else None
-            return d_hidden, None, shown, d_bias, None, None, None
+            unkept = d_weight if kept is None else None
+            return d_hidden, None, unkept, d_bias, None, None, None
 
     return TargetLogProbs

@@ -211,7 +211,12 @@ class Forward:
         register()
         sample = _sample(inner.get_input_embeddings().num_embeddings)
         with torch.no_grad():
-            eager = self._tried("eager", sample)
+            try:
+                eager = self._tried("eager", sample)
+            except Exception as error:  # of any class: there is nothing to compare with
+                if self._plain_attention == "eager":
+                    raise
+                return Sharing(False, f"it fails with eager attention: {_said(error)}")
             if self._plain_attention != "eager":
                 other = self._tried(self._plain_attention, sample)
                 if not _agree(eager, other, inner.dtype):
@@ -227,7 +232,7 @@ class Forward:
             except NotShared as error:
                 return Sharing(False, str(error))
             except Exception as error:  # of any class: a module that cannot take such a row
-                return Sharing(False, f"it fails over a tree: {type(error).__name__}: {error}")
+                return Sharing(False, f"it fails over a tree: {_said(error)}")
         if not _agree(eager, shared, inner.dtype):
             return Sharing(False, f"over a tree it is {_distance(eager, shared):.2g} nats off")
         exact = all(torch.equal(a, b) for a, b in zip(_flat(shared), _flat(apart), strict=True))
@@ -276,6 +281,10 @@ def _sample(vocabulary: int) -> list[Group]:
 
 def _logprobs(scores: list[list[TargetScores]]) -> "list[list[torch.Tensor]]":
     return [[row.logprobs for row in group] for group in scores]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _flat(logprobs: "list[list[torch.Tensor]]") -> "list[torch.Tensor]":
