@@ -322,7 +322,8 @@ def test_engines_that_die_of_everything_end_the_pass(
             key_in(tmp_path), write_sequences, desk, open_dying, workers=n_workers, commit_rows=99
         )
     assert not isinstance(e.value, EngineDied), "there is nobody left who would restart"
-    assert len(processes(desk, "died")) == 16
+    # When the last of them is heard of, the other worker's may have died as well.
+    assert 16 <= len(processes(desk, "died")) < 16 + n_workers
 
 
 def test_work_that_cannot_be_divided_ends_the_pass(desk: Path) -> None:
