@@ -42,8 +42,8 @@ def keep_gradients(model: Any) -> None:
 
     output: Any = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
-    is_plain: bool = type(output) is torch.nn.Linear and output.weight.requires_grad
-    if not is_plain:
+    trained: bool = type(output) is torch.nn.Linear and output.weight.requires_grad
+    if not trained:
         return
     kept = KeptGradient(output.weight)
     output.kept_gradient = kept
