@@ -109,6 +109,31 @@ def test_however_it_is_cut_the_gradient_is_the_same(
     assert worst(gradients(plan, examples, **how), gradients(plan, examples)) < 1e-5
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_begins_anew_where_the_last_one_left_the_largest_gradient(
+    work: tuple[Plan, Store, list[Example]], threads: int
+) -> None:
+    plan, _, examples = work
+    config = TrainingConfig(method="full")
+    start = Checkpoint(Path(plan.models["base"].checkpoint))
+    model = trainable_model(start, plan.models["base"], config, CPU)
+    one = Work(examples, 1, range(len(examples)), {})
+    seen: list[Gradients] = []
+    places = set()
+    with Replicas(model, threads) as replicas:
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            run_step(replicas, one, plan.objectives["dpo"], 64, lambda *_: None)
+            gradient = model.get_output_embeddings().weight.grad
+            assert isinstance(gradient, torch.Tensor)
+            places.add(gradient.data_ptr())
+            seen.append(
+                {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+            )
+    assert len(places) == 1
+    assert worst(seen[1], seen[0]) == 0
+
+
 def test_checkpointed_layers_are_computed_twice(work: tuple[Plan, Store, list[Example]]) -> None:
     plan, _, examples = work
     config = TrainingConfig(gradient_checkpointing=True)
